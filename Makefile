@@ -1,0 +1,52 @@
+# make demo   train and evaluate on the built-in corpus, in its own virtual environment
+# make test   format, types and all tests, in the same environment
+#
+# torch is chosen for your hardware, once, and never replaced:
+#   torch already in $(PYTHON)      used as it is (the environment sees it)
+#   NVIDIA GPU found, or macOS      torch==2.13.0 from PyPI
+#   no GPU                          torch==2.13.0+cpu, from PyTorch's CPU index if your registry has no such build
+# make demo TORCH='torch==2.14.1'   any other build, by pip's name for it
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH ?=
+# pip puts this cap on every later install, so no dependency can bring another torch
+PINNED := $(VENV)/torch.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/train.installed
+	$(BIN)/antlm-fast train --recipe demo --output runs/demo --resume
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p antlm_fast
+
+$(PINNED):
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; got " + sys.version'
+	@if $(PYTHON) -c 'import torch' 2>/dev/null && [ -z "$(TORCH)" ]; then \
+	  echo "torch: the one in $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV); \
+	  if [ -n "$(TORCH)" ]; then $(PIP) install '$(TORCH)'; \
+	  elif [ "$$(uname -s)" = Darwin ] || nvidia-smi >/dev/null 2>&1; then $(PIP) install torch==2.13.0; \
+	  else $(PIP) install torch==2.13.0+cpu 2>/dev/null || $(PIP) install torch==2.13.0 --index-url $(CPU_INDEX); fi; \
+	fi
+	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $@.part && mv $@.part $@ && cat $@
+
+$(VENV)/train.installed: $(PINNED) pyproject.toml setup.py
+	$(PIP) install --constraint $(PINNED) --editable '.[train]'
+	@touch $@
+
+$(VENV)/dev.installed: $(PINNED) pyproject.toml setup.py
+	$(PIP) install --constraint $(PINNED) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

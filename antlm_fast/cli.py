@@ -1,0 +1,229 @@
+"""The command line: train, eval, generate, fill, recipes, doctor. Bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from antlm_fast.types import InputError
+
+if TYPE_CHECKING:
+    from antlm_fast.training.config import TrainConfig
+
+READ_OUTS = ("causal", "masked", "mntp")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        return _complain(str(error))
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ModuleNotFoundError as error:
+        if error.name in ("tokenizers", "tqdm", "matplotlib"):
+            return _complain(f"this command needs {error.name}: pip install 'antlm_fast[train]'")
+        raise
+    except KeyboardInterrupt:
+        print("antlm-fast: interrupted; `train --resume` goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"antlm-fast: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="antlm-fast", description="Train one transformer under causal and masked language modelling."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train from a recipe or a config file, or resume a run")
+    train.add_argument("--recipe", metavar="NAME", help="see `antlm-fast recipes list`")
+    train.add_argument("--config", metavar="FILE", type=Path, help=".toml, .json, or the config.json of a run")
+    train.add_argument("--data", metavar="PATH", help="training text: file, folder, JSONL, .gz, builtin, hf:NAME")
+    train.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="such as optimizer.lr=1e-3")
+    train.add_argument("--output", metavar="FOLDER", type=Path, help="run folder (runs/RECIPE)")
+    train.add_argument("--resume", action="store_true", help="go on where the run in the folder was stopped")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="score minimal pairs and held-out text")
+    evaluate.add_argument("model", type=Path, help="run folder or model folder")
+    evaluate.add_argument("--pairs", metavar="PATH", help="JSONL file or folder in BLiMP's form, or builtin")
+    evaluate.add_argument("--text", metavar="PATH", help="held-out text: perplexity under each objective")
+    evaluate.add_argument("--read-out", choices=READ_OUTS, action="append", help="may be repeated (causal, masked)")
+    evaluate.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument("--output", metavar="FILE", type=Path, help="also write the numbers as JSON")
+    evaluate.set_defaults(command=_eval)
+
+    generate = commands.add_parser("generate", help="continue a text (causal read-out)")
+    generate.add_argument("model", type=Path, help="run folder or model folder")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=40)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(command=_generate)
+
+    fill = commands.add_parser("fill", help="fill the masks of a text (masked read-out)")
+    fill.add_argument("model", type=Path, help="run folder or model folder")
+    fill.add_argument("text", help="text with the model's mask token in it, such as 'The <mask> sleeps.'")
+    fill.add_argument("--top-k", type=int, default=5)
+    fill.add_argument("--mntp", action="store_true", help="read each mask at the position before it")
+    fill.set_defaults(command=_fill)
+
+    recipes = commands.add_parser("recipes", help="list the recipes, or show one with its sources")
+    kinds = recipes.add_subparsers(required=True, metavar="list|show")
+    kinds.add_parser("list").set_defaults(command=_recipes_list)
+    show = kinds.add_parser("show")
+    show.add_argument("name")
+    show.set_defaults(command=_recipes_show)
+
+    doctor = commands.add_parser("doctor", help="what is installed, and which implementation serves which op here")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from antlm_fast.pipeline import train
+
+    if options.recipe and options.config:
+        raise InputError("--recipe and --config must be given one at a time; got both")
+    config = _config(options)
+    if config is None:
+        if not (options.resume and options.output):
+            raise InputError("--recipe or --config must be given, or --resume with --output; got neither")
+        if options.data or options.set:
+            raise InputError("--data and --set must come with --recipe or --config; a resumed run has its own settings")
+        run_folder: Path = options.output
+    else:
+        run_folder = options.output or Path("runs") / config.name
+    train(config, run_folder, resume=options.resume)
+
+
+def _config(options: argparse.Namespace) -> TrainConfig | None:
+    from antlm_fast.recipes import get_recipe
+    from antlm_fast.training.settings import apply_settings, read_config_file
+
+    if options.recipe:
+        config = get_recipe(options.recipe)
+    elif options.config:
+        config = read_config_file(options.config)
+    else:
+        return None
+    settings = list(options.set)
+    if options.data:
+        settings.insert(0, f"data.train={options.data}")
+    return apply_settings(config, settings)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from antlm_fast.evaluation.held_out_text import score_text
+    from antlm_fast.evaluation.minimal_pairs import format_table
+    from antlm_fast.pipeline import open_model, resolve_device, resolve_precision, score_pairs
+
+    if not options.pairs and not options.text:
+        raise InputError("--pairs or --text must be given; got neither")
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    model, tokenizer = open_model(options.model)
+    model.to(device)
+    numbers: dict[str, Any] = {}
+    if options.pairs:
+        read_outs = tuple(options.read_out or READ_OUTS[:2])
+        numbers["minimal_pairs"] = score_pairs(model, tokenizer, options.pairs, read_outs, precision)
+        print(format_table(numbers["minimal_pairs"]))
+    if options.text:
+        numbers["text"] = score_text(model, tokenizer, options.text, precision)
+        print(f"{numbers['text']['num_tokens']:,} tokens of {options.text}")
+        for objective, scores in numbers["text"]["objectives"].items():
+            print(f"{objective:6}loss {scores['loss']:.4f}  perplexity {scores['perplexity']:.2f}")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from antlm_fast.models.decoding import generate
+    from antlm_fast.pipeline import open_model
+
+    model, tokenizer = open_model(options.model)
+    ids = tokenizer.encode_beginning(options.prompt)
+    eos_id = tokenizer.role_ids.get("eos_token_id")
+    generated = generate(
+        model,
+        ids,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_id=eos_id,
+        banned_ids=sorted(tokenizer.special_id_set - {eos_id}),
+        seed=options.seed,
+    )
+    print(tokenizer.decode(generated).strip())
+
+
+def _fill(options: argparse.Namespace) -> None:
+    from antlm_fast.models.decoding import fill
+    from antlm_fast.pipeline import open_model
+
+    model, tokenizer = open_model(options.model)
+    if tokenizer.mask_token not in options.text:
+        raise InputError(f"text must contain the model's mask token {tokenizer.mask_token}; got {options.text!r}")
+    ids = tokenizer.encode_with_masks(options.text)
+    answers = fill(
+        model,
+        ids,
+        tokenizer.mask_id,
+        top_k=options.top_k,
+        shift=1 if options.mntp else 0,
+        banned_ids=sorted(tokenizer.special_id_set),
+    )
+    for number, candidates in enumerate(answers.values(), start=1):
+        shown = "  ".join(f"{tokenizer.decode([token]).strip()} {share:.3f}" for token, share in candidates)
+        print(f"mask {number}: {shown}")
+
+
+def _recipes_list(options: argparse.Namespace) -> None:
+    from antlm_fast.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        first_line = (inspect.getdoc(recipe) or "").splitlines()[0]
+        print(f"{name:24}{recipe().schedule:22}{first_line}")
+
+
+def _recipes_show(options: argparse.Namespace) -> None:
+    from antlm_fast.recipes import RECIPES, get_recipe
+    from antlm_fast.training.settings import to_dict
+
+    config = get_recipe(options.name)
+    print(inspect.getsource(RECIPES[options.name]))
+    print("# every setting, for --set NAME=VALUE; model.vocab_size comes from the tokenizer")
+    for section, value in to_dict(config).items():
+        for name, setting in value.items() if isinstance(value, dict) else [("", value)]:
+            if (section, name) != ("model", "vocab_size"):
+                print(f"{section}{'.' if name else ''}{name}={json.dumps(setting)}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from antlm_fast.doctor import report_lines
+
+    for line in report_lines():
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

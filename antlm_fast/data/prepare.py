@@ -1,0 +1,115 @@
+"""From a DataConfig to a token store: encoded once, kept in a cache folder, found again by fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from antlm_fast.data.corpus import DataConfig, Source, open_source
+from antlm_fast.data.token_store import FORMAT_VERSION, TokenStore, partial_prefix
+from antlm_fast.data.tokenizer import Tokenizer
+
+_DOCUMENTS_PER_BATCH = 2000
+_CHARS_PER_BATCH = 1 << 20
+# Left by a process that was killed; a writer that is alive touches its folder far more often.
+_STALE_SECONDS = 24 * 3600.0
+
+
+def prepare(config: DataConfig, tokenizer: Tokenizer, split: str, *, cache_dir: str | Path | None = None) -> TokenStore:
+    """The token store of a split ("train" or "validation"); tokenized only if the cache does not have it.
+
+    The cache folder's name follows from the text (every byte of the files), how it is read, and the tokenizer.
+
+    Args:
+        cache_dir: before `config.cache_dir`, which is before the user's cache folder.
+
+    Raises:
+        InputError: the corpus cannot be read, or the cached store is damaged.
+        OSError: the cache cannot be written; names the path.
+    """
+    source = open_source(config, split)
+    fingerprint = corpus_fingerprint(source, tokenizer)
+    root = Path(cache_dir or config.cache_dir or default_cache_dir()).expanduser()
+    folder = root / f"{split}-{fingerprint[:24]}"
+    if folder.exists():
+        return TokenStore.open(folder)
+    _remove_stale(folder)
+    return TokenStore.write(
+        _encoded(source, tokenizer, split),
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        source=str(source),
+    )
+
+
+def corpus_fingerprint(source: Source, tokenizer: Tokenizer) -> str:
+    """SHA-256 of everything that decides the ids."""
+    parts = {"format": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "corpus": source.contents()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/antlm-fast, or ~/.cache/antlm-fast where that is not set (or relative, which XDG forbids)."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (configured if configured.is_absolute() else Path.home() / ".cache") / "antlm-fast"
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document)
+        if len(batch) >= _DOCUMENTS_PER_BATCH or chars >= _CHARS_PER_BATCH:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(source: Source, tokenizer: Tokenizer, split: str) -> Iterator[Sequence[int]]:
+    """The ids of each document; says on stderr what is going on: a bar on a terminal, else a line at each end."""
+    started = time.perf_counter()
+    num_tokens = num_documents = 0
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(desc=f"preparing {split} data", unit=" tokens", unit_scale=True, leave=False)
+    else:
+        print(f"preparing {split} data: {source}", file=sys.stderr)
+    try:
+        for batch in _batches(source.documents()):
+            encoded = tokenizer.encode_batch(batch)
+            num_documents += len(batch)
+            for ids in encoded:
+                num_tokens += len(ids)
+                yield ids
+            if bar is not None:
+                bar.update(sum(map(len, encoded)))
+    finally:
+        if bar is not None:
+            bar.close()
+    seconds = time.perf_counter() - started
+    counts = f"{num_documents:,} documents, {num_tokens:,} tokens, {seconds:.1f} s"
+    print(f"prepared {split} data: {counts}", file=sys.stderr)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what killed writers of the same store left behind."""
+    if not folder.parent.is_dir():
+        return
+    for path in folder.parent.glob(f"{partial_prefix(folder)}*.partial"):
+        with suppress(OSError):  # its writer may finish, or another process may delete it, at this moment
+            newest = max((file.stat().st_mtime for file in path.iterdir()), default=path.stat().st_mtime)
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,326 @@
+"""Text to token ids and back: training, loading and saving of a tokenizer, and what the objectives must know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from antlm_fast.types import InputError, Vocabulary
+
+KINDS = ("byte_level_bpe", "word_piece")
+BPE_SPECIALS = ("<pad>", "<s>", "</s>")
+WORD_PIECE_SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[PAR]", "[TAB]")
+# Every byte is in the vocabulary, so nothing is unknown; a word piece needs each byte also as a continuation.
+MINIMUM_VOCAB_SIZE = {"byte_level_bpe": len(BPE_SPECIALS) + 256, "word_piece": len(WORD_PIECE_SPECIALS) + 512}
+# space, newline, tab and carriage return as the byte-level alphabet spells them
+BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")
+# The names under which a Hugging Face tokenizer wants to know its special tokens, and what they are called in files.
+ROLES = {
+    "bos_token": ("<s>", "[CLS]", "<bos>", "[BOS]", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos_token": ("</s>", "[SEP]", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "pad_token": ("<pad>", "[PAD]"),
+    "unk_token": ("<unk>", "[UNK]"),
+}
+_TEXTS_PER_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How the tokenizer is made.
+
+    Args:
+        kind: "byte_level_bpe" (BabyLlama, arXiv 2308.02019) or "word_piece" (LTG-BERT, arXiv 2303.09859).
+        vocab_size: tokens to learn, specials included. byte_level_bpe gets one mask token after them (16000 + 1);
+            word_piece counts its [MASK] inside.
+        min_frequency: a pair seen less often is never merged.
+        path: an existing tokenizer.json (or the folder that holds it); nothing is trained and the rest is ignored.
+    """
+
+    kind: str = "byte_level_bpe"
+    vocab_size: int = 16000
+    min_frequency: int = 2
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"tokenizer kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        least = MINIMUM_VOCAB_SIZE[self.kind]
+        if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size < least:
+            raise InputError(
+                f"vocab_size must be an integer of at least {least} (specials and bytes); got {self.vocab_size!r}"
+            )
+        if isinstance(self.min_frequency, bool) or not isinstance(self.min_frequency, int) or self.min_frequency < 1:
+            raise InputError(f"min_frequency must be an integer of at least 1; got {self.min_frequency!r}")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that surely has a mask token, and never reads a special token out of plain text.
+
+    Encoding applies the file's own template (`<s> text </s>`, `[CLS] text [SEP]`, or nothing where it has none) and
+    never cuts or pads, whatever the file says.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`; `<mask>` is appended to it if it has no mask token.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.mask_token: str = _find_mask_token(backend) or _append_mask_token(backend)
+        self.mask_id: int = backend.token_to_id(self.mask_token)
+        # A literal "<s>" in a corpus is text (it is an HTML tag), not the beginning of a document.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._tokens: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(self._tokens.values()) + 1
+        specials = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+        # ids that no token has must never be drawn either
+        holes = set(range(self.vocab_size)).difference(self._tokens.values())
+        self.special_id_set: frozenset[int] = frozenset(specials | holes | {self.mask_id})
+        self._json: str = backend.to_str(pretty=True)
+        canonical = json.dumps(json.loads(self._json), sort_keys=True, ensure_ascii=False)
+        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Sizes, special ids and word beginnings, for the objectives."""
+        return Vocabulary(
+            size=self.vocab_size,
+            mask_id=self.mask_id,
+            special_ids=tuple(sorted(self.special_id_set)),
+            word_start=_word_starts(self._tokens, json.loads(self._json), self.vocab_size, self.special_id_set),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, the template's special tokens included."""
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids. The space that the trained kinds put before the first word is kept, so that the
+        decodings of two parts, one after the other, are the decoding of the whole."""
+        text: str = self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """The vocabulary's own spelling of each id."""
+        return [self._backend.id_to_token(int(index)) for index in ids]
+
+    def save(self, path: str | Path) -> None:
+        """Write tokenizer.json; the file appears whole or not at all."""
+        _write_text(Path(path), self._json)
+
+    def save_pretrained_files(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json as Hugging Face's `PreTrainedTokenizerFast` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            # the default names token_type_ids too, which decoder classes refuse
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        for role, names in ROLES.items():
+            found = next((name for name in names if name in self._tokens), None)
+            if found is not None:
+                settings[role] = found
+        settings["mask_token"] = self.mask_token
+        _write_text(folder / "tokenizer.json", self._json)
+        _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, or the folder that holds one.
+
+        Raises:
+            InputError: it is missing, not JSON, or not a tokenizer.
+        """
+        library = _import_tokenizers()
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"tokenizer must be a tokenizer.json file; got {path}, which does not exist")
+        try:
+            text = path.read_text(encoding="utf-8")
+            json.loads(text)
+        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+            raise InputError(f"tokenizer must be a JSON file; got {path}, which is not JSON: {error}") from error
+        try:
+            backend = library.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"tokenizer must be a file of the tokenizers library; got {path}, which is not one: {error}"
+            ) from error
+        if not backend.get_vocab_size(with_added_tokens=True):
+            raise InputError(f"tokenizer must have a vocabulary; got {path}, which has no token")
+        return cls(backend)
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Learn a vocabulary from texts, which are read once and never held together; or load `config.path`.
+
+    The same texts and config give the same tokenizer, whatever the number of cores.
+
+    Raises:
+        InputError: there is no text, or `config.path` cannot be loaded.
+    """
+    if config.path is not None:
+        return Tokenizer.load(config.path)
+    _import_tokenizers()
+    iterator = iter(texts)
+    first = next(iterator, None)
+    if first is None:
+        raise InputError("texts must hold at least one document to train a tokenizer on; got none")
+
+    def batches() -> Iterator[list[str]]:
+        yield [first]
+        while batch := list(islice(iterator, _TEXTS_PER_BATCH)):
+            yield batch
+
+    train = _train_byte_level_bpe if config.kind == "byte_level_bpe" else _train_word_piece
+    return Tokenizer(train(batches(), config))
+
+
+def _train_byte_level_bpe(batches: Iterator[list[str]], config: TokenizerConfig) -> Any:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=list(BPE_SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    backend.train_from_iterator(batches, trainer)
+    backend.decoder = decoders.ByteLevel()
+    begin, end = (backend.token_to_id(token) for token in ("<s>", "</s>"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", begin), ("</s>", end)]
+    )
+    return backend
+
+
+def _train_word_piece(batches: Iterator[list[str]], config: TokenizerConfig) -> Any:
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Backend
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # As specials the 256 continuations have fixed ids: left to the trainer, their order, and with it every tie
+    # between two merges, follows a randomly seeded hash table, and those that the corpus lacks would be unknown.
+    continuations = [f"##{byte}" for byte in alphabet]
+    # Digits singly, with the space before them; "#" singly, so that "##" can only be the continuation mark; and no
+    # word or gap of more than 64 characters, because the search for pieces is quadratic in the word's length.
+    cuts = pre_tokenizers.Split(Regex(r" ?\p{Nd}|#|[^\s\p{Nd}#]{64}|\s{64}"), behavior="isolated")
+
+    def assemble(model: Any) -> Any:
+        backend = Backend(model)
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(" ")])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([cuts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        return backend
+
+    learner = assemble(models.WordPiece(unk_token="[UNK]"))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=[*WORD_PIECE_SPECIALS, *continuations],
+        initial_alphabet=alphabet,
+        continuing_subword_prefix="##",
+        show_progress=sys.stderr.isatty(),
+    )
+    learner.train_from_iterator(batches, trainer)
+    pieces = learner.get_vocab()
+    backend = assemble(models.WordPiece(vocab=pieces, unk_token="[UNK]", max_input_chars_per_word=512))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in WORD_PIECE_SPECIALS])
+    mark = decoders.Replace(Regex(r"^##"), "")
+    backend.decoder = decoders.Sequence([mark, decoders.ByteLevel()])
+    first, last = pieces["[CLS]"], pieces["[SEP]"]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", first), ("[SEP]", last)]
+    )
+    return backend
+
+
+def _find_mask_token(backend: Any) -> str | None:
+    for token in ("<mask>", "[MASK]"):
+        if backend.token_to_id(token) is not None:
+            return token
+    added = backend.get_added_tokens_decoder()
+    names = [added[index].content for index in sorted(added) if added[index].special]
+    return next((name for name in names if "mask" in name.lower()), None)
+
+
+def _append_mask_token(backend: Any) -> str:
+    from tokenizers import AddedToken
+
+    backend.add_special_tokens([AddedToken("<mask>", special=True, normalized=False)])
+    return "<mask>"
+
+
+def _word_starts(
+    tokens: dict[str, int], description: dict[str, Any], size: int, specials: frozenset[int]
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """bool (size,): the token begins a word. Read from the kind of tokenizer that the JSON describes."""
+    model = description["model"]
+    parts = _component_types(description.get("pre_tokenizer")) | _component_types(description.get("decoder"))
+    if "ByteLevel" in parts:
+        begins = {index for token, index in tokens.items() if token.startswith(BYTE_LEVEL_SPACES)}
+    elif model.get("type") == "WordPiece":
+        prefix = model.get("continuing_subword_prefix", "##")
+        begins = {index for token, index in tokens.items() if not token.startswith(prefix)}
+    elif any(token.startswith("▁") for token in tokens):
+        begins = {index for token, index in tokens.items() if token.startswith("▁")}
+    else:  # whole words, nothing marks a continuation
+        begins = set(tokens.values())
+    word_start = np.zeros(size, dtype=np.bool_)
+    word_start[sorted(begins | specials)] = True
+    return word_start
+
+
+def _component_types(component: dict[str, Any] | None) -> set[str]:
+    """The types of a pre-tokenizer or decoder and of everything in it, if it is a sequence."""
+    if component is None:
+        return set()
+    inner = [*component.get("pretokenizers", []), *component.get("decoders", [])]
+    return {component["type"]}.union(*(_component_types(part) for part in inner))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file by way of a temporary sibling, so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise InputError("the tokenizer needs the package tokenizers; install antlm_fast[train]") from error
+    return tokenizers

@@ -1,0 +1,253 @@
+"""One run, from settings to a finished run folder: data, training, model, minimal pairs, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from antlm_fast.data.corpus import open_source
+from antlm_fast.data.prepare import prepare
+from antlm_fast.data.rows import Rows
+from antlm_fast.data.token_store import TokenStore
+from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
+from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, load_pairs
+from antlm_fast.models import BabyLlama, load_pretrained, save_pretrained
+from antlm_fast.report import write_report
+from antlm_fast.training.config import TrainConfig
+from antlm_fast.training.settings import from_dict, to_dict
+from antlm_fast.training.trainer import Trainer
+from antlm_fast.types import InputError
+
+VERSIONED = ("antlm_fast", "torch", "numpy", "tokenizers", "safetensors")
+
+
+def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False) -> Path:
+    """Prepare the data, train through the schedule, and write the model, its scores and the report.
+
+    Args:
+        config: what to run; None (with resume) takes what the run folder says.
+        run_folder: made here; see the README for what it holds.
+        resume: go on where a run was stopped, bit-identical to one that never was; start it if it was never begun.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        InputError: the settings, the data or the run folder cannot be used; what was there is left as it was.
+    """
+    begun = (run_folder / "config.json").exists()
+    if begun and not resume:
+        raise InputError(f"run folder {run_folder} holds a run already; resume it, or choose another --output")
+    if config is None and not begun:
+        raise InputError(f"run folder {run_folder} holds no run to resume; give a recipe or a config to begin one")
+    if not begun and run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
+        if not _only_leftovers(run_folder):
+            raise InputError(f"run folder {run_folder} must be new or empty; it holds other files")
+
+    if begun:
+        config, stored_data = _stored_run(run_folder, config)
+        tokenizer = Tokenizer.load(run_folder / "tokenizer.json")
+    else:
+        assert config is not None
+        _say(f"training the tokenizer on {config.data.train}")
+        tokenizer = train_tokenizer(open_source(config.data, "train").documents(), config.tokenizer)
+        config = _resolved(config, tokenizer)
+        stored_data = None
+    stores = {split: prepare(config.data, tokenizer, split) for split in ("train", "validation")}
+    data = {split: _description(store) for split, store in stores.items()}
+    if stored_data is not None and stored_data != data:
+        raise InputError(
+            f"data must be what the run in {run_folder} began with "
+            f"({stored_data['train']['num_tokens']} training tokens, fingerprint "
+            f"{stored_data['train']['fingerprint'][:12]}); got {data['train']['num_tokens']} tokens, "
+            f"{data['train']['fingerprint'][:12]}"
+        )
+    trainer = _trainer(config, tokenizer, stores, run_folder)
+    if not begun:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run_folder / "tokenizer.json")
+        _write_json(run_folder / "config.json", {"config": to_dict(config), "versions": versions(), "data": data})
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    _say(
+        f"{config.name}: {parameters / 1e6:.2f}M parameters, {data['train']['num_tokens']:,} training tokens, "
+        f"{config.schedule}, {trainer.timeline.total_steps} steps, {config.device} {config.precision}"
+    )
+    trainer.run(resume=resume)
+    return _finish(config, trainer.model, tokenizer, run_folder)
+
+
+def open_model(path: Path) -> tuple[BabyLlama, Tokenizer]:
+    """Model and tokenizer of a run folder, or of a model folder in Hugging Face's layout.
+
+    Raises:
+        InputError: there is none, a file is damaged, or the tokenizer has another vocabulary than the model.
+    """
+    folder = path / "model" if (path / "model" / "config.json").exists() else path
+    if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
+        unfinished = (path / "checkpoints").exists()
+        why = (
+            "its training is not finished: resume it" if unfinished else "it holds no config.json and model.safetensors"
+        )
+        raise InputError(f"no model in {path}: {why}")
+    model = load_pretrained(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} must have the model's vocabulary of {model.config.vocab_size} tokens; "
+            f"got {tokenizer.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def score_pairs(
+    model: BabyLlama, tokenizer: Tokenizer, source: str, read_outs: tuple[str, ...], precision: str
+) -> dict[str, Any]:
+    """Minimal-pair accuracies in the form of minimal_pairs.json."""
+    return evaluate_pairs(
+        model, tokenizer, load_pairs(source), read_outs=read_outs, source=source, precision=precision, progress=True
+    )
+
+
+def resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"device must be 'auto', 'cpu' or 'cuda'; got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device must be one that torch can use; got {device!r}, and torch sees no CUDA device")
+    return device
+
+
+def resolve_precision(precision: str, device: str) -> Literal["float32", "bfloat16"]:
+    """ "auto" is bfloat16 where the hardware multiplies matrices in it, else float32."""
+    if precision != "auto":
+        return "bfloat16" if precision == "bfloat16" else "float32"
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: packages, Python, machine, threads."""
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+    for package in VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    found["torch"] = torch.__version__
+    return found
+
+
+def _resolved(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The config with everything that depended on this machine and this data written out."""
+    device = resolve_device(config.device)
+    return replace(
+        config,
+        device=device,
+        precision=resolve_precision(config.precision, device),
+        model=replace(config.model, vocab_size=tokenizer.vocab_size),
+    )
+
+
+def _trainer(config: TrainConfig, tokenizer: Tokenizer, stores: dict[str, TokenStore], run_folder: Path) -> Trainer:
+    torch.manual_seed(config.seed)
+    model = BabyLlama(config.model).to(config.device)
+    rows = {
+        split: Rows(
+            store,
+            mode=config.data.row_mode,
+            row_tokens=config.data.row_tokens,
+            seed=config.seed,
+            shuffle=split == "train",
+        )
+        for split, store in stores.items()
+    }
+    return Trainer(config, model, tokenizer.vocabulary, rows["train"], rows["validation"], run_folder)
+
+
+def _finish(config: TrainConfig, model: BabyLlama, tokenizer: Tokenizer, run_folder: Path) -> Path:
+    """Everything after the last step; done again from the start if it was interrupted."""
+    finished, writing = run_folder / "model", run_folder / ".writing_model"
+    shutil.rmtree(writing, ignore_errors=True)
+    save_pretrained(model, writing, token_ids=tokenizer.role_ids)
+    tokenizer.save_pretrained_files(writing)
+    shutil.rmtree(finished, ignore_errors=True)
+    writing.rename(finished)
+    if config.evaluation.minimal_pairs is not None:
+        results = score_pairs(
+            model, tokenizer, config.evaluation.minimal_pairs, config.evaluation.read_outs, config.precision
+        )
+        _write_json(run_folder / "minimal_pairs.json", results)
+        print(format_table(results))
+    for path in write_report(run_folder):
+        _say(f"wrote {path}")
+    return finished
+
+
+def _stored_run(run_folder: Path, config: TrainConfig | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """The config a run was begun with; a config given beside it must not differ."""
+    path = run_folder / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        stored, data = from_dict(document["config"]), document["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if config is not None:
+        before, now = dict(_leaves(to_dict(stored))), dict(_leaves(to_dict(config)))
+        for name, value in now.items():
+            derived = name == "model.vocab_size" or value == "auto"
+            if not derived and before[name] != value:
+                raise InputError(
+                    f"{name} must stay what the run in {run_folder} began with, {before[name]!r}; got {value!r}"
+                )
+    return stored, data
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _only_leftovers(run_folder: Path) -> bool:
+    """What a run that was killed before it wrote its config.json may have left."""
+    return {path.name for path in run_folder.iterdir()} <= {"tokenizer.json"}
+
+
+def _description(store: TokenStore) -> dict[str, Any]:
+    return {
+        "source": store.source,
+        "fingerprint": store.fingerprint,
+        "num_tokens": store.num_tokens,
+        "num_documents": store.num_documents,
+    }
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

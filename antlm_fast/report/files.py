@@ -1,0 +1,34 @@
+"""Writes the report of a run into its folder: README.md, loss.png, report.html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from antlm_fast.report.model_card import model_card
+from antlm_fast.report.page import page
+from antlm_fast.report.plots import write_png
+from antlm_fast.report.run_record import read_run
+
+
+def write_report(run_folder: Path) -> list[Path]:
+    """Writes README.md, loss.png and report.html, replacing older ones.
+
+    Reads only files of the run folder; the run may be unfinished. The same files give the same report: nothing in it
+    depends on when it was written.
+
+    Args:
+        run_folder: with metrics.jsonl at least.
+
+    Returns:
+        The written files.
+
+    Raises:
+        InputError: no metrics.jsonl, or a file of the run folder that is malformed.
+        ImportError: matplotlib is not installed; README.md, which needs none, is written by then.
+    """
+    record = read_run(run_folder)
+    card, picture, html = (run_folder / name for name in ("README.md", "loss.png", "report.html"))
+    card.write_text(model_card(record), encoding="utf-8")
+    write_png(record, picture)
+    html.write_text(page(record), encoding="utf-8")
+    return [card, picture, html]

@@ -1,0 +1,186 @@
+"""Checkpoints: a folder a step, written whole or not at all, verified when read; safetensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from antlm_fast.types import InputError
+
+PREFIX = "step_"
+WRITING = ".writing_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a run must remember beside weights and moments; all else is a function of the step.
+
+    Args:
+        step: optimizer steps done.
+        metrics_bytes: length of metrics.jsonl at that moment; what lies behind it is cut off on resume.
+        loss_sums, loss_counts: what the next training line has gathered so far, by objective.
+    """
+
+    step: int
+    metrics_bytes: int
+    loss_sums: dict[str, float]
+    loss_counts: dict[str, int]
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
+) -> Path:
+    """Write folder/step_00001234 atomically (temporary folder, fsync, rename), then drop all but the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable; the checkpoints that were there are untouched.
+    """
+    final = folder / f"{PREFIX}{state.step:08d}"
+    if final.exists():  # the same step of the same run: the same content
+        return final
+    temporary = folder / f"{WRITING}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        tensors = {"model": dict(model.state_dict()), "optimizer": _moments(model, optimizer)}
+        files = {
+            f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", tensors[name]) for name in tensors
+        }
+        document = {"format": 1, "state": asdict(state), "files": files}
+        _write_text(temporary / "state.json", json.dumps(document, indent=2) + "\n")
+        temporary.rename(final)
+        _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None; what a killed writer left behind is never taken for one."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Restore weights and moments in place.
+
+    Raises:
+        InputError: a file is missing, cut short or altered, or belongs to another model; nothing was restored then.
+    """
+    try:
+        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = TrainState(**document["state"])
+        files: dict[str, Any] = document["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {path} is damaged: state.json cannot be read ({error}){_hint(path)}") from None
+    tensors = {}
+    for name, expected in files.items():
+        tensors[name] = _read_tensors(path / name, expected)
+    _check_fit(path, model, tensors["model.safetensors"])
+    model.load_state_dict(tensors["model.safetensors"])
+    _restore_moments(model, optimizer, tensors["optimizer.safetensors"])
+    return state
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors under "parameter name|moment name"."""
+    return {
+        f"{name}|{moment}": value
+        for name, parameter in model.named_parameters()
+        for moment, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, value in tensors.items():
+        parameter_name, moment = name.split("|")
+        parameter = parameters[parameter_name]
+        device = "cpu" if value.ndim == 0 and parameter.device.type == "cpu" else parameter.device
+        optimizer.state[parameter][moment] = value.to(device)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    unique = {name: tensor.contiguous() for name, tensor in _without_shared(tensors).items()}
+    try:
+        save_file(unique, path)
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(f"{path} could not be written: {error}") from None
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _without_shared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights are stored once, under the first of their names."""
+    seen: set[int] = set()
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))
+    }
+
+
+def _read_tensors(path: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
+    hint = _hint(path.parent)
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise InputError(
+                f"checkpoint file {path} is cut short: {expected['bytes']} bytes were written, {size} are there{hint}"
+            )
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                raise InputError(f"checkpoint file {path} is damaged: its sha256 is not the one written{hint}")
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint file {path} is missing{hint}") from None
+
+
+def _hint(checkpoint: Path) -> str:
+    older = [path for path in _complete(checkpoint.parent) if path.name < checkpoint.name]
+    return f"; remove {checkpoint} to resume from {older[-1].name}" if older else ""
+
+
+def _check_fit(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            what = "vocabulary" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "model"
+            raise InputError(
+                f"checkpoint {path} does not match the run's {what}: {name} must have shape {tuple(tensor.shape)}; "
+                f"got {tuple(tensors[name].shape)}"
+            )
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,173 @@
+"""Settings as text: `--set a.b=c`, TOML and JSON files and a run's config.json, checked against the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from antlm_fast.training.config import TrainConfig
+from antlm_fast.types import InputError
+
+VOCABULARY_RULE = "model.vocab_size must be left to the tokenizer (set tokenizer.vocab_size)"
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain values; `from_dict` reads it back equal."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], *, start: TrainConfig | None = None) -> TrainConfig:
+    """A config from nested values.
+
+    Args:
+        start: what is not given is taken from it; None takes the dataclasses' defaults.
+
+    Raises:
+        InputError: an unknown name (with the nearest ones), a wrong type, or a value its component refuses.
+    """
+    return _build(TrainConfig, values, start, prefix="")
+
+
+def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
+    """Apply `a.b=c` texts, all at once, so that settings which depend on each other may come in any order.
+
+    Values are read by the field's type: numbers, true/false, none, text, or a comma-separated list.
+    """
+    nested: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise InputError(f"--set must be name=value, such as optimizer.lr=1e-3; got {setting!r}")
+        if name == "model.vocab_size":
+            raise InputError(f"{VOCABULARY_RULE}; got {setting!r}")
+        *path, last = name.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--set must not give both {part!r} and a field of it; got {setting!r}")
+        place[last] = _Text(text.strip())
+    return from_dict(nested, start=config)
+
+
+def read_config_file(path: Path, *, start: TrainConfig | None = None) -> TrainConfig:
+    """A .toml or .json file of settings, or the config.json of a run (whose vocabulary size is derived again)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"config file {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} must hold a table of settings; got {type(values).__name__}")
+    if "versions" in values and "config" in values:
+        values = values["config"]
+        values.get("model", {}).pop("vocab_size", None)
+    if isinstance(values.get("model"), dict) and "vocab_size" in values["model"]:
+        raise InputError(f"config file {path}: {VOCABULARY_RULE}; got {values['model']['vocab_size']}")
+    try:
+        return from_dict(values, start=start)
+    except InputError as error:
+        raise InputError(f"config file {path}: {error}") from None
+
+
+class _Text(str):
+    """A value that still has to be read by its field's type."""
+
+
+def _build(cls: type[Any], values: Any, start: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{prefix.rstrip('.')} must be a table of settings; got {str(values)!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {} if start is None else {name: getattr(start, name) for name in fields}
+    for name, value in values.items():
+        if name not in fields:
+            raise InputError(_unknown(name, prefix, cls))
+        if dataclasses.is_dataclass(hints[name]):
+            below = None if start is None else getattr(start, name)
+            arguments[name] = _build(typing.cast(type, hints[name]), value, below, f"{prefix}{name}.")
+        else:
+            arguments[name] = _read(value, hints[name], f"{prefix}{name}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in arguments
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"{prefix}{missing[0]} must be given; got none")
+    try:
+        return cls(**arguments)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{prefix}{error}") from None
+
+
+def _unknown(name: str, prefix: str, cls: type[Any]) -> str:
+    everywhere = _all_names(TrainConfig, "")
+    here = [prefix + field.name for field in dataclasses.fields(cls)]
+    near = [known for known in everywhere if known.split(".")[-1] == name]
+    near += [known for known in difflib.get_close_matches(prefix + name, here + everywhere, n=3) if known not in near]
+    if not near:
+        near = here
+    return f"setting {prefix + name!r} must be a known name; the nearest are {', '.join(near[:6])}"
+
+
+def _all_names(cls: type[Any], prefix: str) -> list[str]:
+    names: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        names += _all_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
+    return names
+
+
+def _read(value: Any, hint: Any, name: str) -> Any:
+    """The value as the hint says; texts from --set are parsed, values from files are only checked."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None or (isinstance(value, _Text) and value.lower() in ("none", "null")):
+            return None
+        return _read(value, inner[0], name)
+    if origin is typing.Literal:
+        return str(value)  # the component itself names its choices
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, _Text) else value
+        if not isinstance(parts, list | tuple):
+            raise InputError(f"{name} must be a list; got {value!r}")
+        return tuple(str(part).strip() for part in parts)
+    if isinstance(value, _Text):
+        return _parse(value, hint, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise InputError(f"{name} must be {_KINDS[hint]}; got {value!r}")
+    return value
+
+
+def _parse(text: str, hint: Any, name: str) -> Any:
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif hint is str:
+        return str(text)
+    else:
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    raise InputError(f"{name} must be {_KINDS[hint]}; got {str(text)!r}")
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,0 +1,265 @@
+"""The training loop: it names no objective. The phase says what each batch is; the batch says what is visible."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from antlm_fast.data.rows import Rows
+from antlm_fast.evaluation.held_out_text import fixed_batches
+from antlm_fast.evaluation.perplexity import mean_losses
+from antlm_fast.models import BabyLlama
+from antlm_fast.objectives import make_batch
+from antlm_fast.schedule import Schedule
+from antlm_fast.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from antlm_fast.training.config import TrainConfig
+from antlm_fast.training.lr_schedule import lr_at
+from antlm_fast.training.metrics import MetricsLog
+from antlm_fast.training.optimizer import build_optimizer
+from antlm_fast.training.progress import Progress
+from antlm_fast.types import InputError, Objective, PackedBatch, Vocabulary
+
+RANK = 0  # one process trains; the masks' key has a place for more
+
+
+class Trainer:
+    """Trains a model through a schedule's phases, resumable at any moment with the same result.
+
+    Determinism: batches, masks and rates are functions of (config, step); with the same hardware, torch and number
+    of threads, a run that was killed and resumed has the same weights and metrics.jsonl, bit for bit, on a CPU.
+
+    Args:
+        config: with device and precision resolved (no "auto").
+        model: on the config's device.
+        vocabulary: of the tokenizer that made the rows.
+        train_rows, validation_rows: the data.
+        run_folder: holds metrics.jsonl, throughput.jsonl and checkpoints/.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: BabyLlama,
+        vocabulary: Vocabulary,
+        train_rows: Rows,
+        validation_rows: Rows,
+        run_folder: Path,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.vocabulary = vocabulary
+        self.rows = train_rows
+        self.run_folder = run_folder
+        self.device = next(model.parameters()).device
+        self.optimizer = build_optimizer(model, config.optimizer)
+        steps_per_epoch = math.ceil(train_rows.rows_per_epoch / config.batch.rows_per_step)
+        self.timeline = Schedule.parse(config.schedule).timeline(
+            steps_per_epoch, epochs=config.epochs, steps=config.steps
+        )
+        masked = {phase.masked_objective for phase in self.timeline.phases if phase.masked_share > 0}
+        self.validation_batches = list(
+            fixed_batches(
+                validation_rows,
+                num_rows=config.evaluation.validation_rows,
+                rows_per_batch=config.batch.micro_rows,
+                masked=masked | {Objective.MLM},
+                masking=config.masking,
+                vocabulary=vocabulary,
+                seed=config.seed,
+            )
+        )
+        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_counts: dict[str, int] = {}
+
+    def run(self, *, resume: bool) -> None:
+        """Train to the end of the schedule.
+
+        Args:
+            resume: go on from the newest checkpoint, or from the start if there is none.
+
+        Raises:
+            InputError: the checkpoint is damaged, the disk refuses a write, or the loss is no longer finite; in each
+                case the earlier checkpoints are intact.
+        """
+        state = TrainState(step=0, metrics_bytes=0, loss_sums={}, loss_counts={})
+        newest = latest_checkpoint(self.checkpoints) if resume else None
+        if newest is not None:
+            state = load_checkpoint(newest, self.model, self.optimizer)
+        self._loss_sums = {name: self._scalar(value) for name, value in state.loss_sums.items()}
+        self._loss_counts = dict(state.loss_counts)
+        try:
+            log = MetricsLog(
+                self.run_folder,
+                keep_bytes=state.metrics_bytes,
+                step=state.step,
+                tensorboard=self.config.logging.tensorboard,
+            )
+            progress = Progress(self.timeline.total_steps, state.step)
+            try:
+                self._train(state.step, log, progress)
+            finally:
+                progress.close()
+                log.close()
+        except OSError as error:
+            safe = latest_checkpoint(self.checkpoints)
+            kept = f"{safe} is intact: make room, then resume" if safe else "no checkpoint was written yet"
+            raise InputError(f"the run could not be written to {self.run_folder}: {error}; {kept}") from error
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_folder / "checkpoints"
+
+    def _train(self, first_step: int, log: MetricsLog, progress: Progress) -> None:
+        total_steps = self.timeline.total_steps
+        if log.num_bytes == 0:
+            log.write(self._run_record())
+            self._evaluate(0, log, progress)
+        window_begun, window_tokens = time.monotonic(), 0
+        for step in range(first_step, total_steps):
+            index = self.timeline.index_at(step)
+            if step in (first_step, self.timeline.first_step(index)):
+                progress.phase(index, len(self.timeline.phases), self.timeline.phases[index].name, step)
+            grad_norm, tokens = self._step(step)
+            window_tokens += tokens
+            progress.advance()
+
+            done = step + 1
+            phase_ends = done == self.timeline.ends[index]
+            evaluates = phase_ends or done % (self.config.evaluation.every_steps or self.timeline.steps_per_epoch) == 0
+            saves = done % self.config.checkpoint.every_steps == 0 if self.config.checkpoint.every_steps else evaluates
+            if phase_ends or done % self.config.logging.every_steps == 0:
+                losses = self._take_losses(step)
+                log.write(self._train_record(step, losses, grad_norm))
+                seconds = time.monotonic() - window_begun
+                log.write_throughput(done, window_tokens / seconds, seconds)
+                progress.trained(done, losses, window_tokens / seconds)
+                window_begun, window_tokens = time.monotonic(), 0
+            if evaluates:
+                before = time.monotonic()
+                self._evaluate(done, log, progress)
+                window_begun += time.monotonic() - before
+            if saves or done == total_steps:
+                before = time.monotonic()
+                log.sync()
+                self._save(done, log.num_bytes)
+                window_begun += time.monotonic() - before
+
+    def _step(self, step: int) -> tuple[float, int]:
+        """One optimizer step; returns the gradient's norm before clipping and the number of tokens read."""
+        config = self.config
+        index = self.timeline.index_at(step)
+        if config.optimizer.reset_on_switch and step == self.timeline.first_step(index):
+            self.optimizer.state.clear()
+        lr = lr_at(step, config.optimizer.lr, config.lr_schedule, self.timeline)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        batches = list(self._train_batches(step))
+        labelled = max(sum(sum(batch.num_labelled.values()) for batch in batches), 1)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                sums = self.model.loss_sums(
+                    batch.to(self.device), z_loss=config.loss.z_loss, label_smoothing=config.loss.label_smoothing
+                )
+                loss = torch.stack(list(sums.values())).sum() / labelled
+            loss.backward()
+            for objective, value in sums.items():
+                self._loss_sums[objective] = self._loss_sums.get(objective, self._scalar(0.0)) + value.detach()
+                self._loss_counts[objective] = self._loss_counts.get(objective, 0) + batch.num_labelled[objective]
+        largest = config.optimizer.clip_norm if config.optimizer.clip_norm is not None else math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        if not math.isfinite(grad_norm):
+            raise InputError(
+                f"training diverged at step {step}: the gradient's norm is {grad_norm}; "
+                f"lower optimizer.lr ({config.optimizer.lr}) or raise lr_schedule.warmup_steps"
+            )
+        self.optimizer.step()
+        return grad_norm, sum(batch.num_tokens for batch in batches)
+
+    def _train_batches(self, step: int) -> Iterator[PackedBatch]:
+        """The micro-batches of a step: a pure function of (config, step)."""
+        sizes = self.config.batch
+        epoch, place = divmod(step, self.timeline.steps_per_epoch)
+        first = place * sizes.rows_per_step
+        end = min(first + sizes.rows_per_step, self.rows.rows_per_epoch)
+        phase = self.timeline.at(step)
+        for micro_batch, start in enumerate(range(first, end, sizes.micro_rows)):
+            yield make_batch(
+                self.rows.read(epoch, start, min(start + sizes.micro_rows, end)),
+                masked_share=phase.masked_share,
+                masked_objective=phase.masked_objective,
+                visibility=phase.visibility,
+                masking=self.config.masking,
+                vocabulary=self.vocabulary,
+                rate=self.config.masking.rate_at(step, self.timeline.total_steps),
+                key=(self.config.seed, step, micro_batch, RANK),
+            )
+
+    def _evaluate(self, done: int, log: MetricsLog, progress: Progress) -> None:
+        losses = mean_losses(self.model, self.validation_batches, self.config.precision)
+        record = {
+            "kind": "validation",
+            "step": done,
+            "phase": self.timeline.index_at(max(done - 1, 0)),
+            "epoch": done / self.timeline.steps_per_epoch,
+            "loss": {str(objective): loss for objective, loss in losses.items()},
+        }
+        log.write(record)
+        progress.validated(done, record["loss"])
+
+    def _save(self, done: int, metrics_bytes: int) -> None:
+        state = TrainState(
+            step=done,
+            metrics_bytes=metrics_bytes,
+            loss_sums={name: float(value) for name, value in self._loss_sums.items()},
+            loss_counts=dict(self._loss_counts),
+        )
+        save_checkpoint(self.checkpoints, state, self.model, self.optimizer, keep=self.config.checkpoint.keep)
+
+    def _take_losses(self, step: int) -> dict[str, float]:
+        """Mean loss per labelled token since the last training line, by objective; starts the next line."""
+        losses = {str(name): float(self._loss_sums[name]) / count for name, count in self._loss_counts.items() if count}
+        self._loss_sums, self._loss_counts = {}, {}
+        return losses
+
+    def _run_record(self) -> dict[str, object]:
+        phases = [
+            {
+                "name": phase.name,
+                "objective": phase.objective,
+                "first_step": self.timeline.first_step(index),
+                "end_step": self.timeline.ends[index],
+            }
+            for index, phase in enumerate(self.timeline.phases)
+        ]
+        return {
+            "kind": "run",
+            "total_steps": self.timeline.total_steps,
+            "steps_per_epoch": self.timeline.steps_per_epoch,
+            "phases": phases,
+        }
+
+    def _train_record(self, step: int, losses: dict[str, float], grad_norm: float) -> dict[str, object]:
+        phase = self.timeline.at(step)
+        masking = self.config.masking
+        return {
+            "kind": "train",
+            "step": step + 1,
+            "phase": self.timeline.index_at(step),
+            "epoch": (step + 1) / self.timeline.steps_per_epoch,
+            "objective": phase.objective,
+            "loss": losses,
+            "lr": lr_at(step, self.config.optimizer.lr, self.config.lr_schedule, self.timeline),
+            "mask_rate": masking.rate_at(step, self.timeline.total_steps) if phase.masked_share > 0 else None,
+            "grad_norm": grad_norm,
+        }
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
