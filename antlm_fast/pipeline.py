@@ -51,9 +51,8 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
         raise InputError(f"run folder {run_folder} holds a run already; resume it, or choose another --output")
     if config is None and not begun:
         raise InputError(f"run folder {run_folder} holds no run to resume; give a recipe or a config to begin one")
-    if not begun and run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
-        if not _only_leftovers(run_folder):
-            raise InputError(f"run folder {run_folder} must be new or empty; it holds other files")
+    if not begun and run_folder.exists() and not _is_new(run_folder):
+        raise InputError(f"run folder {run_folder} must be new or empty; it holds other files")
 
     if begun:
         config, stored_data = _stored_run(run_folder, config)
@@ -226,9 +225,10 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, value
 
 
-def _only_leftovers(run_folder: Path) -> bool:
-    """What a run that was killed before it wrote its config.json may have left."""
-    return {path.name for path in run_folder.iterdir()} <= {"tokenizer.json"}
+def _is_new(run_folder: Path) -> bool:
+    """Empty, or with no more than a run leaves that was killed before it wrote its config.json."""
+    leftovers = ("tokenizer.json", ".tokenizer.json", ".config.json")
+    return run_folder.is_dir() and all(path.name.startswith(leftovers) for path in run_folder.iterdir())
 
 
 def _description(store: TokenStore) -> dict[str, Any]:

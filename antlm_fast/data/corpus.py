@@ -24,7 +24,7 @@ class DataConfig:
 
     Args:
         train: a text file (.txt, BabyLM's .train/.dev, .jsonl, each also .gz), a folder of them, "builtin", or
-            "hf:NAME[:CONFIG][:SPLIT]" for a Hugging Face dataset.
+            "hf:NAME[:CONFIG][:SPLIT]" for a Hugging Face dataset. None: still to be given.
         validation: the same for validation; None takes the folder's *.dev files where `train` is a folder that has
             both, else holds out `validation_share` of the training documents.
         validation_share: share of the documents held out, 0 (none) to 0.5; which ones depends on their place alone.
@@ -37,7 +37,7 @@ class DataConfig:
         builtin_words: size of the built-in corpus, in words.
     """
 
-    train: str = BUILTIN
+    train: str | None = BUILTIN
     validation: str | None = None
     validation_share: float = 0.02
     documents: str = "auto"
@@ -50,7 +50,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "text_field", "cache_dir"):
             value = getattr(self, name)
-            optional = name in ("validation", "cache_dir")
+            optional = name != "text_field"
             if (value is not None or not optional) and (not isinstance(value, str) or not value):
                 raise InputError(f"{name} must be a text that is not empty; got {value!r}")
         if not _is_number(self.validation_share) or not 0 <= self.validation_share <= 0.5:
@@ -118,7 +118,7 @@ class Source:
         if self.name == BUILTIN:
             # the grammar is code: another version of it writes another corpus
             code = hashlib.sha256()
-            for path in sorted(Path(__file__).parent.glob("builtin_*.py")):
+            for path in sorted((Path(__file__).parent / "builtin").glob("*.py")):
                 code.update(path.read_bytes())
             return how | {"builtin": [self.builtin_words, self.builtin_seed, code.hexdigest()]}
         if self.name.startswith(HUGGING_FACE):
@@ -138,7 +138,7 @@ class Source:
 
     def _all_documents(self) -> Iterator[str]:
         if self.name == BUILTIN:
-            from antlm_fast.data.builtin_corpus import documents as builtin_documents
+            from antlm_fast.data.builtin.corpus import documents as builtin_documents
 
             yield from builtin_documents(self.builtin_words, seed=self.builtin_seed)
         elif self.name.startswith(HUGGING_FACE):
@@ -164,6 +164,8 @@ def open_source(config: DataConfig, split: str) -> Source:
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if config.train is None:
+        raise InputError("data.train must be given (--data PATH, a file or folder of text); got none")
     validation = split == "validation"
     if validation and config.validation is not None:
         # another seed and size: the same ones would be the training documents

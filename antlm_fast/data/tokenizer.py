@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from antlm_fast.data.tokenizer_training import (
+    BPE_SPECIALS,
+    WORD_PIECE_SPECIALS,
+    train_byte_level_bpe,
+    train_word_piece,
+)
 from antlm_fast.types import InputError, Vocabulary
 
 KINDS = ("byte_level_bpe", "word_piece")
-BPE_SPECIALS = ("<pad>", "<s>", "</s>")
-WORD_PIECE_SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[PAR]", "[TAB]")
 # Every byte is in the vocabulary, so nothing is unknown; a word piece needs each byte also as a continuation.
 MINIMUM_VOCAB_SIZE = {"byte_level_bpe": len(BPE_SPECIALS) + 256, "word_piece": len(WORD_PIECE_SPECIALS) + 512}
 # space, newline, tab and carriage return as the byte-level alphabet spells them
@@ -55,7 +59,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"tokenizer kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
+            raise InputError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
         least = MINIMUM_VOCAB_SIZE[self.kind]
         if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size < least:
             raise InputError(
@@ -112,6 +116,35 @@ class Tokenizer:
         """`encode` of each text, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
 
+    def encode_beginning(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued: the template without the special tokens at its end."""
+        ids = self.encode(text)
+        while len(ids) > 1 and ids[-1] in self.special_id_set:
+            ids.pop()
+        return ids
+
+    def encode_with_masks(self, text: str) -> list[int]:
+        """The ids of a text in which the mask token, where it is written out, hides a token.
+
+        A blank before a written mask belongs to the hidden token, as it would to a word.
+        """
+        first, *others = re.split(rf"\s*{re.escape(self.mask_token)}", text)
+        ids = self.encode_beginning(first)
+        end = self.encode(first)[len(ids) :]
+        for part in others:
+            ids += [self.mask_id, *self._continuation(part)]
+        return ids + end
+
+    def _continuation(self, text: str) -> list[int]:
+        """The ids of a text in the middle of another, without the blank that some tokenizers put before it."""
+        before = self.encode_beginning("a")
+        whole = self.encode_beginning("a" + text)
+        return (
+            whole[len(before) :]
+            if whole[: len(before)] == before
+            else self._backend.encode(text, add_special_tokens=False).ids
+        )
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids. The space that the trained kinds put before the first word is kept, so that the
         decodings of two parts, one after the other, are the decoding of the whole."""
@@ -126,6 +159,11 @@ class Tokenizer:
         """Write tokenizer.json; the file appears whole or not at all."""
         _write_text(Path(path), self._json)
 
+    @property
+    def role_ids(self) -> dict[str, int]:
+        """bos_token_id, eos_token_id and so on, as far as there is such a token; mask_token_id always."""
+        return {f"{role}_id": self._tokens[token] for role, token in self._role_tokens().items()}
+
     def save_pretrained_files(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face's `PreTrainedTokenizerFast` reads them."""
         folder = Path(folder)
@@ -136,13 +174,13 @@ class Tokenizer:
             # the default names token_type_ids too, which decoder classes refuse
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        for role, names in ROLES.items():
-            found = next((name for name in names if name in self._tokens), None)
-            if found is not None:
-                settings[role] = found
-        settings["mask_token"] = self.mask_token
+        settings |= self._role_tokens()
         _write_text(folder / "tokenizer.json", self._json)
         _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def _role_tokens(self) -> dict[str, str]:
+        present = {role: next((name for name in names if name in self._tokens), None) for role, names in ROLES.items()}
+        return {role: token for role, token in present.items() if token is not None} | {"mask_token": self.mask_token}
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -194,71 +232,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         while batch := list(islice(iterator, _TEXTS_PER_BATCH)):
             yield batch
 
-    train = _train_byte_level_bpe if config.kind == "byte_level_bpe" else _train_word_piece
-    return Tokenizer(train(batches(), config))
-
-
-def _train_byte_level_bpe(batches: Iterator[list[str]], config: TokenizerConfig) -> Any:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    backend = Backend(models.BPE())
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=list(BPE_SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    backend.train_from_iterator(batches, trainer)
-    backend.decoder = decoders.ByteLevel()
-    begin, end = (backend.token_to_id(token) for token in ("<s>", "</s>"))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", begin), ("</s>", end)]
-    )
-    return backend
-
-
-def _train_word_piece(batches: Iterator[list[str]], config: TokenizerConfig) -> Any:
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from tokenizers import Tokenizer as Backend
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # As specials the 256 continuations have fixed ids: left to the trainer, their order, and with it every tie
-    # between two merges, follows a randomly seeded hash table, and those that the corpus lacks would be unknown.
-    continuations = [f"##{byte}" for byte in alphabet]
-    # Digits singly, with the space before them; "#" singly, so that "##" can only be the continuation mark; and no
-    # word or gap of more than 64 characters, because the search for pieces is quadratic in the word's length.
-    cuts = pre_tokenizers.Split(Regex(r" ?\p{Nd}|#|[^\s\p{Nd}#]{64}|\s{64}"), behavior="isolated")
-
-    def assemble(model: Any) -> Any:
-        backend = Backend(model)
-        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(" ")])
-        backend.pre_tokenizer = pre_tokenizers.Sequence([cuts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        return backend
-
-    learner = assemble(models.WordPiece(unk_token="[UNK]"))
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=[*WORD_PIECE_SPECIALS, *continuations],
-        initial_alphabet=alphabet,
-        continuing_subword_prefix="##",
-        show_progress=sys.stderr.isatty(),
-    )
-    learner.train_from_iterator(batches, trainer)
-    pieces = learner.get_vocab()
-    backend = assemble(models.WordPiece(vocab=pieces, unk_token="[UNK]", max_input_chars_per_word=512))
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in WORD_PIECE_SPECIALS])
-    mark = decoders.Replace(Regex(r"^##"), "")
-    backend.decoder = decoders.Sequence([mark, decoders.ByteLevel()])
-    first, last = pieces["[CLS]"], pieces["[SEP]"]
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", first), ("[SEP]", last)]
-    )
-    return backend
+    train = train_byte_level_bpe if config.kind == "byte_level_bpe" else train_word_piece
+    return Tokenizer(train(batches(), config.vocab_size, config.min_frequency))
 
 
 def _find_mask_token(backend: Any) -> str | None:

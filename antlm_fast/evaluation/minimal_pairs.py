@@ -59,7 +59,7 @@ def load_pairs(source: str) -> list[MinimalPair]:
             message names file, line (from 1) and what is wrong.
     """
     if source == BUILTIN:
-        from antlm_fast.data.builtin_corpus import minimal_pairs
+        from antlm_fast.data.builtin.corpus import minimal_pairs
 
         return [_pair(record, uid="", field="") for record in minimal_pairs()]
     path = Path(source)

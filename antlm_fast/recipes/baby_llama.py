@@ -31,7 +31,7 @@ def babyllama() -> TrainConfig:
             min_frequency=2,  # the same
         ),
         data=DataConfig(
-            train="",  # the user's: BabyLM strict-small (10M words) in AntLM
+            train=None,  # the user's (--data); BabyLM strict-small, 10M words, in AntLM
             row_mode="stream",  # BabyLlama: all text one stream, a random offset each epoch
             row_tokens=128,  # BabyLlama's student
         ),

@@ -54,21 +54,17 @@ def _model_settings(record: RunRecord) -> dict[str, object]:
 
 
 def _training(record: RunRecord) -> str:
-    lines = [f"## Training\n\nSchedule `{record.schedule}`:", "", "| phase | objective | steps |", "|---|---|---|"]
-    lines += [
-        f"| {_cell(phase.name)} | {_cell(phase.objective)} | {phase.first_step:,} to {phase.end_step:,} |"
-        for phase in record.phases
-    ]
     progress = f"{record.steps_done:,} of {record.total_steps:,} steps"
     if record.tokens_seen is not None:
         progress += f", {numbers.count(record.tokens_seen)} tokens seen"
-    lines += ["", f"Trained for {progress}."]
+    lines = [f"## Training\n\nSchedule: {_code(record.schedule)}. Trained for {progress}."]
     data = record.config.get("data")
     facts = record.data.get("train")
     if isinstance(data, dict) and data.get("train"):
-        size = numbers.count(facts.get("num_tokens")) if isinstance(facts, dict) else numbers.MISSING
-        lines += ["", f"Training data: `{data['train']}`" + (f", {size} tokens." if size != numbers.MISSING else ".")]
-    return "\n".join(lines)
+        tokens = facts.get("num_tokens") if isinstance(facts, dict) else None
+        size = f", {numbers.count(tokens)} tokens" if tokens else ""
+        lines.append(f"Training data: {_code(data['train'])}{size}.")
+    return "\n\n".join(lines)
 
 
 def _results(record: RunRecord) -> str:
@@ -88,7 +84,7 @@ def _results(record: RunRecord) -> str:
             "|---|---|---|",
         ]
         lines += [
-            f"| {_cell(name)} | {numbers.percent(tables['sum']['overall'])} | {numbers.percent(tables['mean']['overall'])} |"
+            f"| {_cell(name)} | {' | '.join(numbers.percent(tables[key]['overall']) for key in ('sum', 'mean'))} |"
             for name, tables in read_outs.items()
         ]
         lines += ["", "Unweighted mean over UIDs; sum and mean are of a sentence's log-probabilities."]
@@ -108,16 +104,21 @@ def _loading(record: RunRecord) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("model")\n'
             "```"
         )
+    shift = ", shift=1" if any(phase.objective.startswith("MNTP") for phase in record.phases) else ""
     blocks.append(
-        "With antlm_fast, both read-outs:\n\n"
+        "With antlm_fast, continuing a text (causal read-out) and filling a gap (masked read-out):\n\n"
         "```python\n"
+        "from pathlib import Path\n\n"
         "from antlm_fast.data.tokenizer import Tokenizer\n"
         "from antlm_fast.models.decoding import fill, generate\n"
         "from antlm_fast.models.pretrained import load_pretrained\n\n"
-        'model = load_pretrained("model")\n'
+        'model = load_pretrained(Path("model"))\n'
         'tokenizer = Tokenizer.load("model/tokenizer.json")\n'
-        'text = f"The cat {tokenizer.mask_token} on the mat."\n'
-        "print(fill(model, tokenizer.encode(text), tokenizer.mask_id))\n"
+        "special = tokenizer.vocabulary.special_ids\n\n"
+        'prompt = tokenizer.encode("The cat")[:-1]  # without the closing template token\n'
+        "print(tokenizer.decode(generate(model, prompt, 20, banned_ids=special)))\n\n"
+        'gap = tokenizer.encode(f"The {tokenizer.mask_token} sleeps.")\n'
+        f"print(fill(model, gap, tokenizer.mask_id{shift}, banned_ids=special))\n"
         "```"
     )
     return "\n\n".join(blocks)
@@ -129,3 +130,8 @@ def _cell(value: object) -> str:
     for special in "\\`*_[]<>|":
         text = text.replace(special, "\\" + special)
     return text
+
+
+def _code(value: object) -> str:
+    """A value as Markdown code; a backtick within would end it."""
+    return "`" + " ".join(str(value).replace("`", "'").split()) + "`"

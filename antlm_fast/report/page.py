@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from math import ceil
 from typing import Any
@@ -14,7 +14,7 @@ from antlm_fast.report.plots import NARROW_INCHES, WIDE_INCHES, draw_svg, phase_
 from antlm_fast.report.run_record import RunRecord
 
 MAX_READINGS = 400  # steps whose numbers the pointer can show
-OPEN_UIDS = 24  # more UIDs than this start folded
+MAX_OPEN_ROWS = 24  # a longer table starts folded
 READ_OUT_COLOURS = {"causal": "CLM", "masked": "MLM", "mntp": "MNTP"}
 
 
@@ -62,7 +62,7 @@ def _summary(record: RunRecord) -> str:
         ("Tokens seen", numbers.count(record.tokens_seen), done),
     ]
     for objective, loss in record.final_losses.items():
-        tiles.append((f"{objective} validation loss", numbers.loss(loss), f"perplexity {numbers.perplexity(loss)}"))
+        tiles.append((f"{objective} loss", numbers.loss(loss), f"validation; perplexity {numbers.perplexity(loss)}"))
     if record.best_read_out is not None:
         name, aggregate, accuracy = record.best_read_out
         tiles.append(("Minimal pairs, best", numbers.percent(accuracy), f"read out {name}, {aggregate}; chance 50 %"))
@@ -71,7 +71,7 @@ def _summary(record: RunRecord) -> str:
     return "\n".join(
         [
             f"<header><h1>{escape(record.name)}</h1>",
-            f'<p class="note">Schedule <code>{escape(record.schedule)}</code>, {done}</p>',
+            f'<p class="note">Schedule <code>{escape(record.schedule).replace("+", "+<wbr>")}</code>, {done}</p>',
             '<dl class="tiles">',
             *(
                 f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd><dd>{escape(more)}</dd></div>"
@@ -144,22 +144,30 @@ def _phases(record: RunRecord) -> str:
     objectives = record.validated
     rows = []
     for phase in record.phases:
+        dot = f'<span class="dot" style="--c:var(--{phase_colour(phase.objective)})"></span>'
         cells = [
-            f'<td class="left"><span class="dot" style="--c:var(--{phase_colour(phase.objective)})"></span>'
-            f"{escape(phase.objective)}</td>",
+            f'<td class="left objective">{escape(phase.objective)}</td>',
             f"<td>{phase.first_step:,}–{phase.end_step:,}</td>",
         ]
         for objective in objectives:
             start, end = record.losses_at_ends(phase, objective)
             cells.append(f'<td>{numbers.loss(start)}<span class="arrow">→</span>{numbers.loss(end)}</td>')
-        rows.append(f'<tr><th scope="row">{escape(phase.name)}</th>{"".join(cells)}</tr>')
-    return _table(
-        "<section><h2>Phases</h2>",
+        rows.append(f'<tr><th scope="row">{dot}{escape(phase.name)}</th>{"".join(cells)}</tr>')
+    table = _table(
+        "",
         "Validation losses at the start and at the end of each phase (the last measurement by then).",
         ["phase", "objective", "steps", *objectives],
         rows,
-        left=2,
+        left=(0, 1),
     )
+    return f"<section><h2>Phases</h2>\n{_folded(f'{len(rows)} phases', table, len(rows))}</section>"
+
+
+def _folded(summary: str, content: str, num_rows: int) -> str:
+    """Content as it is, or behind its summary where it is long."""
+    if num_rows <= MAX_OPEN_ROWS:
+        return content
+    return f"<details><summary>{summary}</summary>\n{content}</details>"
 
 
 def _minimal_pairs(record: RunRecord) -> str:
@@ -186,9 +194,9 @@ def _minimal_pairs(record: RunRecord) -> str:
                 kind="pairs",
             ),
             _table("<h3>By field</h3>", "Accuracy, sum", ["field", *tables], fields, kind="pairs"),
-            f"<details{' open' if num_uids <= OPEN_UIDS else ''}><summary>By UID ({num_uids})</summary>",
-            _table("", "Accuracy, sum", ["UID", *tables], uids, kind="pairs"),
-            "</details></section>",
+            "<h3>By UID</h3>",
+            _folded(f"{num_uids} UIDs", _table("", "Accuracy, sum", ["UID", *tables], uids, kind="pairs"), num_uids),
+            "</section>",
         ]
     )
 
@@ -205,14 +213,13 @@ def _uid_rows(tables: dict[str, dict[str, Any]]) -> tuple[list[str], int]:
 
 
 def _bar_rows(tables: dict[str, dict[str, Any]], key: str, names: Iterable[str]) -> list[str]:
-    return [
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(
-            _bar((table[key].get(name) or {}).get("accuracy"), read_out, read_out) for read_out, table in tables.items()
-        )
-        + "</tr>"
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        bars = [
+            _bar(table[key].get(name, {}).get("accuracy"), read_out, read_out) for read_out, table in tables.items()
+        ]
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(bars)}</tr>')
+    return rows
 
 
 def _bar(accuracy: float | None, read_out: str, label: str) -> str:
@@ -236,9 +243,8 @@ def _measured_on(record: RunRecord) -> str:
     return _table(
         "<section><h2>Throughput and versions</h2>",
         "The machine that trained this model; another one gives other speeds.",
-        ["", ""],
+        [],
         [f'<tr><th scope="row">{escape(key)}</th><td class="left">{escape(value)}</td></tr>' for key, value in rows],
-        left=2,
     )
 
 
@@ -252,7 +258,7 @@ def _data(record: RunRecord) -> str:
         f'<td class="left"><code>{escape(str(facts.get("fingerprint", ""))[:16])}</code></td></tr>'
         for split, facts in splits.items()
     ]
-    return _table("<section><h2>Data</h2>", "", ["split", "tokens", "documents", "fingerprint"], rows)
+    return _table("<section><h2>Data</h2>", "", ["split", "tokens", "documents", "fingerprint"], rows, left=(0, 3))
 
 
 def _configuration(record: RunRecord) -> str:
@@ -263,26 +269,28 @@ def _configuration(record: RunRecord) -> str:
 
 
 def _table(
-    heading: str, caption: str, header: Iterable[str], rows: Iterable[str], *, left: int = 1, kind: str = ""
+    heading: str,
+    caption: str,
+    header: Sequence[str],
+    rows: Iterable[str],
+    *,
+    left: Sequence[int] = (0,),
+    kind: str = "plain",
 ) -> str:
-    """A table that scrolls sideways where it is too wide; the first `left` columns are aligned left."""
-    cells = [
-        f'<th scope="col"{" class=left" if column < left else ""}>{escape(name)}</th>'
+    """A table that scrolls sideways where it is too wide; the columns in `left` are aligned left."""
+    cells = "".join(
+        f'<th scope="col" class="{"left" if column in left else "right"} {escape(name)}">{escape(name)}</th>'
         for column, name in enumerate(header)
-    ]
-    has_header = any(not cell.endswith("></th>") for cell in cells)
-    return "\n".join(
-        filter(
-            None,
-            [
-                heading,
-                f'<div class="scroll"><table{f" class={kind}" if kind else ""}>',
-                f"<caption>{escape(caption)}</caption>" if caption else "",
-                f"<thead><tr>{''.join(cells)}</tr></thead>" if has_header else "",
-                "<tbody>",
-                *rows,
-                "</tbody></table></div>",
-                "</section>" if heading.startswith("<section>") else "",
-            ],
-        )
     )
+    label = f' aria-label="{escape(caption)}"' if caption else ""
+    lines = [
+        heading,
+        f'<p class="note">{escape(caption)}</p>' if caption else "",
+        f'<div class="scroll"><table class="{kind}"{label}>',
+        f"<thead><tr>{cells}</tr></thead>" if header else "",
+        "<tbody>",
+        *rows,
+        "</tbody></table></div>",
+        "</section>" if heading.startswith("<section>") else "",
+    ]
+    return "\n".join(filter(None, lines))

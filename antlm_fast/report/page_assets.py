@@ -22,18 +22,20 @@ h3 { font-size: 1rem; margin: 26px 0 6px; }
 p { margin: 0 0 12px; max-width: 68ch; }
 code, pre { font: 0.875em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .note { color: var(--muted); font-size: 0.875rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px; margin: 22px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 10px; margin: 22px 0 0; }
 .tiles div { background: var(--card); border-radius: 10px; padding: 12px 14px; }
 .tiles dt { color: var(--muted); font-size: 0.8125rem; }
 .tiles dd { margin: 0; font-size: 1.45rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tiles dd + dd { font-size: 0.8125rem; font-weight: 400; color: var(--muted); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--muted); padding-bottom: 6px; }
+.note + .scroll { margin-top: -6px; }
 th, td { padding: 5px 10px; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
 th { font-weight: 600; }
 thead th { color: var(--muted); font-weight: 500; vertical-align: bottom; }
-th:first-child, td:first-child, .left { text-align: left; padding-left: 2px; }
+th:first-child, td:first-child, .left { text-align: left; }
+th:first-child { padding-left: 2px; }
+td.left { white-space: normal; }
 .arrow { color: var(--muted); padding: 0 3px; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
 figure { margin: 0; position: relative; }
@@ -49,6 +51,7 @@ figure:focus-visible { outline: 2px solid var(--CLM); outline-offset: 4px; borde
   font-size: 0.8125rem; line-height: 1.45; white-space: pre; font-variant-numeric: tabular-nums;
 }
 .pairs th[scope=row] { font-weight: 400; overflow-wrap: anywhere; white-space: normal; }
+.pairs thead th { text-align: left; }
 .pairs tr.group th { font-weight: 600; padding-top: 14px; }
 .bar { display: flex; align-items: center; gap: 8px; min-width: 110px; }
 .track { position: relative; flex: 1; height: 9px; border-radius: 3px; background: var(--grid); }
@@ -64,6 +67,8 @@ pre { background: var(--card); border-radius: 10px; padding: 14px 16px; overflow
   .narrow { display: block; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .tiles dd { font-size: 1.2rem; }
+  th, td { padding: 5px 5px; font-size: 0.8125rem; }
+  .objective { display: none; }
   .pairs thead { display: none; }
   .pairs tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--grid); }
   .pairs th, .pairs td { display: block; border: 0; padding: 1px 2px; }

@@ -147,8 +147,7 @@ def _draw(record: RunRecord, width_inches: float) -> tuple[Any, tuple[float, flo
             axes.axvspan(
                 phase.first_step, phase.end_step, color=COLOURS[phase_colour(phase.objective)], alpha=0.07, linewidth=0
             )
-            if phase.first_step > 0:
-                axes.axvline(phase.first_step, color=COLOURS["muted"], alpha=0.35, linewidth=0.5)
+        _draw_boundaries(axes, record, width)
     _step_axis(panels[-1], width)
     return figure, (LEFT, width - RIGHT, TOP, height - y)
 
@@ -186,7 +185,12 @@ def _draw_strip(axes: Any, phases: Sequence[PhaseRecord], names: _Names) -> None
             va="center",
             rotation=90 if names.upright else 0,
         )
-        if phase.first_step > 0:
+
+
+def _draw_boundaries(axes: Any, record: RunRecord, width: float) -> None:
+    """A line at each switch, unless switches are so dense that the lines would hide the colours."""
+    if len(record.phases) <= (width - LEFT - RIGHT) / 4.0:
+        for phase in record.phases[1:]:
             axes.axvline(phase.first_step, color=COLOURS["muted"], alpha=0.35, linewidth=0.5)
 
 
@@ -200,7 +204,7 @@ def _draw_losses(axes: Any, record: RunRecord) -> None:
         axes.plot(steps, losses, color=colour, linewidth=1.9, marker="o" if len(points) <= 60 else None, markersize=2.8)
         finite = [loss for loss in losses if isfinite(loss)]
         if finite:
-            ends.append(_End(finite[-1], steps[-1], objective, colour))
+            ends.append(_End(finite[-1], objective, colour))
             highest_shown = max(highest_shown, max(finite))
     if not record.train and not record.validation:
         axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes, ha="center", color=COLOURS["muted"])
@@ -210,7 +214,7 @@ def _draw_losses(axes: Any, record: RunRecord) -> None:
         lowest = axes.dataLim.y0
         margin = 0.06 * (highest_shown - lowest) or 0.5
         axes.set_ylim(lowest - margin, highest_shown + margin)
-        _label_ends(axes, ends)
+        _label_ends(axes, ends, record.steps_done)
 
 
 def _draw_training(axes: Any, record: RunRecord) -> float:
@@ -242,13 +246,12 @@ def _draw_training(axes: Any, record: RunRecord) -> float:
 @dataclass(frozen=True, order=True)
 class _End:
     loss: float
-    step: int
     objective: str
     colour: str
 
 
-def _label_ends(axes: Any, ends: list[_End]) -> None:
-    """Writes each curve's name and last value beside its end, pushed apart where they would overlap."""
+def _label_ends(axes: Any, ends: list[_End], step: int) -> None:
+    """Writes each curve's name and last value behind the last step, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     line_height = (TEXT + 2.0) / LOSS_HEIGHT * (high - low)
     y = -inf
@@ -256,7 +259,7 @@ def _label_ends(axes: Any, ends: list[_End]) -> None:
         y = max(end.loss, y + line_height)
         axes.annotate(
             f"{end.objective} {end.loss:.2f}",
-            (end.step, y),
+            (step, y),
             xytext=(5, 0),
             textcoords="offset points",
             color=end.colour,

@@ -95,8 +95,10 @@ class RunRecord:
         return name, aggregate, accuracy
 
     def losses_at_ends(self, phase: PhaseRecord, objective: str) -> tuple[float | None, float | None]:
-        """The last validation losses measured up to the phase's start, and within it."""
+        """The last validation losses measured up to the phase's start, and within it; None before it is reached."""
         start = end = None
+        if phase.first_step > self.steps_done:
+            return None, None
         for line in self.validation:
             if objective in line["loss"]:
                 if line["step"] <= phase.first_step:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -109,10 +111,9 @@ def _build(cls: type[Any], values: Any, start: Any, prefix: str) -> Any:
         raise InputError(f"{prefix}{missing[0]} must be given; got none")
     try:
         return cls(**arguments)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{prefix}{error}") from None
+    except ValueError as error:  # a component names its own field; which component it is, is known here
+        message = str(error)
+        raise InputError(message if message.startswith(prefix) else prefix + message) from None
 
 
 def _unknown(name: str, prefix: str, cls: type[Any]) -> str:
@@ -163,10 +164,10 @@ def _parse(text: str, hint: Any, name: str) -> Any:
     elif hint is str:
         return str(text)
     else:
-        try:
-            return hint(text)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = hint(text)
+            if math.isfinite(value):
+                return value
     raise InputError(f"{name} must be {_KINDS[hint]}; got {str(text)!r}")
 
 

@@ -168,9 +168,7 @@ def attention_varlen(
 
 def _call(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> AttentionCall:
     dropout = options["dropout_seed"] is not None
-    return AttentionCall(
-        q.device.type, q.dtype, q.shape[-1], q.shape[-2], k.shape[-2], dropout, options["return_lse"]
-    )
+    return AttentionCall(q.device.type, q.dtype, q.shape[-1], q.shape[-2], k.shape[-2], dropout, options["return_lse"])
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, leading: tuple[str, ...]) -> None:

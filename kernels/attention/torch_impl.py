@@ -45,11 +45,9 @@ def attention(
     len_k = k.shape[1]
     if not q.numel() or not k.numel():
         return _nothing_to_see(q, k, v), _no_lse(q, (batch, heads, len_q)) if return_lse else None
-    if q.device.type == "cpu":
+    if _host_may_read(q):
         starts_q, starts_k = tuple(range(0, (batch + 1) * len_q, len_q)), tuple(range(0, (batch + 1) * len_k, len_k))
-        plan = host_plan(
-            starts_q, starts_k, _prefixes(prefix_len, batch), batch * len_q, batch * len_k, _max_scores(q)
-        )
+        plan = host_plan(starts_q, starts_k, _prefixes(prefix_len, batch), batch * len_q, batch * len_k, _max_scores(q))
     else:
         plan = dense_device_plan(batch, len_q, len_k, prefix_len, q.device)
     if plan.map_q is None and plan.map_k is None and len(plan.blocks) == 1:
@@ -79,14 +77,12 @@ def attention_varlen(
     num_seqs = cu_seqlens_q.numel() - 1
     if not (q.numel() and k.numel() and num_seqs and max_seqlen_q and max_seqlen_k):
         return _nothing_to_see(q, k, v), _no_lse(q, (q.shape[1], q.shape[0])) if return_lse else None
-    if q.device.type == "cpu":
+    if _host_may_read(q):
         starts_q, starts_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
         prefixes = _prefixes(prefix_len, num_seqs)
         plan = host_plan(starts_q, starts_k, prefixes, q.shape[0], k.shape[0], _max_scores(q))
     else:
-        plan = device_plan(
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, prefix_len, q.shape[0], k.shape[0]
-        )
+        plan = device_plan(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, prefix_len, q.shape[0], k.shape[0])
     return _run(plan, q, k, v, softmax_scale, dropout_p, dropout_seed, return_lse)
 
 
@@ -165,8 +161,13 @@ def _run_block(
     return materialised(q, k, v, block, softmax_scale, dropout, return_lse)
 
 
+def _host_may_read(x: torch.Tensor) -> bool:
+    """Lengths and flags are the host's on the CPU; elsewhere reading one would stall the device."""
+    return x.device.type == "cpu"
+
+
 def _fused_is_better(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block) -> bool:
-    if q.device.type != "cpu" or block.len_q * block.len_k > _max_scores(q):
+    if not _host_may_read(q) or block.len_q * block.len_k > _max_scores(q):
         return True
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     unmasked = block.limits is None or block.causal

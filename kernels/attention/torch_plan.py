@@ -83,8 +83,8 @@ def host_plan(
         else:
             key = (_rounded_up(len_q), _rounded_up(len_k))
         groups.setdefault(key, []).append(s)
-    blocks = tuple(_host_block(members, lens_q, lens_k, visible) for members in groups.values())
     order = list(groups.values())
+    blocks = tuple(_host_block(members, lens_q, lens_k, visible) for members in order)
     map_q = _host_map(order, [block.len_q for block in blocks], starts_q, total_q)
     map_k = _host_map(order, [block.len_k for block in blocks], starts_k, total_k)
     return Plan(blocks, map_q, map_k)
@@ -110,9 +110,7 @@ def device_plan(
     return Plan((block,), map_q, map_k)
 
 
-def dense_device_plan(
-    batch: int, len_q: int, len_k: int, prefix_len: int | torch.Tensor, device: torch.device
-) -> Plan:
+def dense_device_plan(batch: int, len_q: int, len_k: int, prefix_len: int | torch.Tensor, device: torch.device) -> Plan:
     """The plan of a dense batch whose flags stay on the device: one block, nothing padded."""
     if isinstance(prefix_len, int) and prefix_len >= len_k:
         return Plan((Block(batch, len_q, len_k, None, causal=False, unseen=False),), None, None)
@@ -157,6 +155,9 @@ def _host_block(members: list[int], lens_q: list[int], lens_k: list[int], visibl
         if shared[2] == len_k:
             return Block(len(members), len_q, len_k, None, causal=False, unseen=not len_k)
         sizes = [shared]
+    else:
+        # vector units and matrix units both want even shapes
+        len_q, len_k = _rounded_up(len_q), _rounded_up(len_k)
     seq_q, seq_k, prefix = torch.tensor(sizes).T[..., None]
     rows = torch.arange(len_q)
     limits = row_limits(rows, seq_q, seq_k, prefix).masked_fill(rows >= seq_q, 0)

@@ -34,9 +34,14 @@ def labelled_rows(targets: torch.Tensor, ignore_index: int) -> LabelledRows:
         ignore_index: the target of a row that is not labelled.
     """
     labelled = targets != ignore_index
-    if targets.device.type != "cpu":
+    if not _host_may_read(targets):
         return LabelledRows(None, labelled, labelled.sum())
     rows = labelled.nonzero().squeeze(1)
     if rows.numel() == targets.numel():
         return LabelledRows(None, None, targets.numel())
     return LabelledRows(rows, None, rows.numel())
+
+
+def _host_may_read(x: torch.Tensor) -> bool:
+    """How many rows are labelled is the host's to know on the CPU; elsewhere asking would stall the device."""
+    return x.device.type == "cpu"

@@ -63,16 +63,17 @@ def test_word_piece_counts_its_mask_inside() -> None:
 
 def test_templates() -> None:
     bpe, pieces = trained("byte_level_bpe"), trained("word_piece")
-    assert bpe.tokens(bpe.encode("The cat")) == ["<s>", *bpe.tokens(bpe.encode("The cat"))[1:-1], "</s>"]
+    assert bpe.tokens(bpe.encode("the cat")) == ["<s>", "Ġthe", "Ġcat", "</s>"]
+    assert pieces.tokens(pieces.encode("the cat")) == ["[CLS]", "Ġthe", "Ġcat", "[SEP]"]
     assert pieces.tokens(pieces.encode("")) == ["[CLS]", "[SEP]"]
     assert bpe.tokens(bpe.encode("")) == ["<s>", "</s>"]
 
 
-def test_word_piece_splits_digits_singly_with_the_space_before_them() -> None:
-    tokenizer = trained("word_piece")
-    assert tokenizer.tokens(tokenizer.encode("in 1234")[-5:-1]) == ["Ġ1", "2", "3", "4"] or tokenizer.tokens(
-        tokenizer.encode("in 1234")[-6:-1]
-    ) == ["Ġ", "##1", "2", "3", "4"]
+def test_word_piece_splits_digits_singly() -> None:
+    tokenizer = train_tokenizer(["in 1999 and 1999"] * 50, TokenizerConfig("word_piece", 600))
+    assert tokenizer.tokens(tokenizer.encode("in 1999 and 19.99")) == (
+        ["[CLS]", "Ġin", "Ġ1", "9", "9", "9", "Ġand", "Ġ1", "9", ".", "9", "9", "[SEP]"]
+    )
 
 
 @pytest.mark.parametrize("text", STRANGE)
@@ -143,14 +144,14 @@ def test_errors_of_the_texts_come_through() -> None:
 
 
 def test_no_text() -> None:
-    with pytest.raises(InputError, match="^texts must hold at least one document to train a tokenizer on; got none$"):
+    with pytest.raises(InputError, match=r"^texts must hold at least one document to train a tokenizer on; got none$"):
         train_tokenizer([], TokenizerConfig())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "unigram"}, "tokenizer kind must be one of byte_level_bpe, word_piece; got 'unigram'"),
+        ({"kind": "unigram"}, "kind must be one of byte_level_bpe, word_piece; got 'unigram'"),
         ({"vocab_size": 258}, r"vocab_size must be an integer of at least 259 \(specials and bytes\); got 258"),
         ({"kind": "word_piece", "vocab_size": 518}, "vocab_size must be an integer of at least 519"),
         ({"vocab_size": 16e3}, "vocab_size must be an integer of at least 259 .*; got 16000.0"),
@@ -207,7 +208,7 @@ def test_load_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer must be a file of the tokenizers library; got .*tokenizer.json"):
         Tokenizer.load(path)
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
-    with pytest.raises(InputError, match="tokenizer must have a vocabulary; got .*, which has no token"):
+    with pytest.raises(InputError, match=r"tokenizer must have a vocabulary; got .*, which has no token"):
         Tokenizer.load(path)
 
 
@@ -332,3 +333,30 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_tokenizers)
     with pytest.raises(InputError, match=r"needs the package tokenizers; install antlm_fast\[train\]"):
         train_tokenizer(["text"], TokenizerConfig())
+
+
+@pytest.mark.parametrize("kind", ["byte_level_bpe", "word_piece"])
+def test_written_masks_hide_tokens_and_leave_the_rest_as_it_is(kind):
+    tokenizer = train_tokenizer(["the cat sat on the mat ."] * 50, TokenizerConfig(kind=kind, vocab_size=600))
+    whole = tokenizer.encode("the cat sat on the mat.")
+    ids = tokenizer.encode_with_masks(f"the {tokenizer.mask_token} sat on the {tokenizer.mask_token}.")
+    words = tokenizer.tokens(whole)
+    expected = [
+        tokenizer.mask_id if word.strip("Ġ") in ("cat", "mat") else id for word, id in zip(words, whole, strict=True)
+    ]
+    assert ids == expected
+    assert tokenizer.encode_with_masks("the cat sat") == tokenizer.encode("the cat sat")
+    assert tokenizer.encode_with_masks(tokenizer.mask_token) == [whole[0], tokenizer.mask_id, whole[-1]]
+
+
+@pytest.mark.parametrize("kind", ["byte_level_bpe", "word_piece"])
+def test_a_beginning_has_the_template_before_it_and_not_behind_it(kind):
+    tokenizer = train_tokenizer(["the cat sat"] * 50, TokenizerConfig(kind=kind, vocab_size=600))
+    assert tokenizer.encode_beginning("the cat") == tokenizer.encode("the cat")[:-1]
+    assert tokenizer.encode_beginning("") == tokenizer.encode("")[:1]
+
+
+def test_roles_name_the_special_tokens():
+    tokenizer = train_tokenizer(["the cat sat"], TokenizerConfig(vocab_size=300))
+    expected = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": tokenizer.mask_id}
+    assert tokenizer.role_ids == expected

@@ -1,14 +1,13 @@
 """Minimal pairs of form: agreement of verbs, determiners and reflexives, and irregular participles.
 
-See builtin_pairs for what every function here returns.
+See pairs.py for what every function here returns.
 """
 
 from __future__ import annotations
 
-from antlm_fast.data import builtin_lexicon as lexicon
-from antlm_fast.data import builtin_verbs as verbs
-from antlm_fast.data.builtin_grammar import Phrase
-from antlm_fast.data.builtin_sentences import Storyteller
+from antlm_fast.data.builtin import lexicon, verbs
+from antlm_fast.data.builtin.grammar import Phrase
+from antlm_fast.data.builtin.sentences import Storyteller
 
 Pair = tuple[str, str]
 
@@ -17,11 +16,6 @@ _STRICT_FRAMES = tuple(
     (verb, kind) for verb, kind in verbs.FRAMES["any"]["person"] if verb in verbs.STRICTLY_TRANSITIVE
 )
 _THING_FRAMES = tuple((verb, kind) for verb, kind in _STRICT_FRAMES if kind in ("thing", "food", "text"))
-_ANY_FRAMES = tuple(
-    (verb, kind)
-    for verb, kind in verbs.FRAMES["perfect"]["person"]
-    if kind in ("thing", "food", "mass", "drink", "text", "animal")
-)
 _IRREGULAR = tuple(
     (verb, kind)
     for verb, kind in verbs.FRAMES["any"]["person"]
@@ -67,7 +61,7 @@ def agreement_simple(teller: Storyteller) -> Pair:
     return both(f"{subject.text} ", good, bad, rest)
 
 
-def agreement_pp_attractor(teller: Storyteller) -> Pair:
+def agreement_pp(teller: Storyteller) -> Pair:
     """The noun before the verb has the other number than the subject."""
     subject = teller.noun_phrase(teller.pick(_PERSON_OR_ANIMAL), countable=True)
     attractor = teller.place_modifier(subject.kind, plural=not subject.plural)
@@ -75,7 +69,7 @@ def agreement_pp_attractor(teller: Storyteller) -> Pair:
     return both(f"{subject.text} {attractor} ", good, bad, rest)
 
 
-def agreement_relative_clause(teller: Storyteller) -> Pair:
+def agreement_relative(teller: Storyteller) -> Pair:
     """The noun in the relative clause has the other number than the subject."""
     subject = teller.noun_phrase(teller.pick(_PERSON_OR_ANIMAL), countable=True)
     relative = teller.relative_clause(subject, plural=not subject.plural)

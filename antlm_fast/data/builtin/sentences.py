@@ -1,13 +1,12 @@
-"""The sentences of the built-in corpus: clauses and sentence types over the phrases of builtin_grammar.
+"""The sentences of the built-in corpus: clauses and sentence types over the phrases of grammar.py.
 
 Every method named in SENTENCES returns one sentence in lower case (names aside) with its final mark attached.
 """
 
 from __future__ import annotations
 
-from antlm_fast.data import builtin_lexicon as lexicon
-from antlm_fast.data import builtin_verbs as verbs
-from antlm_fast.data.builtin_grammar import Phrase, Speaker
+from antlm_fast.data.builtin import lexicon, verbs
+from antlm_fast.data.builtin.grammar import Phrase, Speaker
 
 _PERSON_OR_ANIMAL = ("person", "person", "person", "animal")
 _INDEFINITE_PEOPLE = ("nobody", "somebody", "everybody")
@@ -17,6 +16,8 @@ _ANY_FRAMES = tuple(
     for verb, kind in verbs.FRAMES["any"]["person"]
     if kind in ("thing", "food", "mass", "drink", "text", "animal")
 )
+# "What" asks for things, "who" for people: an animal is asked for with "which".
+_GAP_FRAMES = tuple((verb, kind) for verb, kind in verbs.FRAMES["any"]["person"] if kind != "animal")
 _THERE_KINDS = ("animal", "animal", "person", "thing", "food", "mass", "drink", "text")
 
 
@@ -76,7 +77,7 @@ class Storyteller(Speaker):
     def infinitive(self, subject: Phrase) -> str:
         words = self.finite(self.pick(verbs.INFINITIVE), subject.plural, negative=0.15)[0]
         if self.random() < 0.3:
-            verb, manners = self.pick(verbs.INTRANSITIVE_FRAMES["person"][:8])
+            verb, manners = self.pick(verbs.INTRANSITIVE_FRAMES["person"][:7])
             return f"{words} to {verb.base} {self.pick(manners)}"
         verb, kind = self.frame("person", "active")
         return f"{words} to {verb.base} {self.object_phrase(kind, subject)}"
@@ -150,7 +151,7 @@ class Storyteller(Speaker):
         """An embedded question with a gap at its object or subject."""
         subject = self.main_subject("person", plain=self.random() < 0.5)
         words = self.finite(self.pick(verbs.WH_CLAUSE), subject.plural, negative=0.15)[0]
-        verb, kind = self.frame("person")
+        verb, kind = self.pick(_GAP_FRAMES)
         wh = "who" if kind == "person" else "what"
         if self.random() < 0.3:
             return f"{subject.text} {words} who {self.finite(verb, False)[0]} {self.noun_phrase(kind).text}."
@@ -273,7 +274,7 @@ class Storyteller(Speaker):
     # --- questions ---
 
     def yes_no(self) -> str:
-        subject = self.noun_phrase(self.pick(_PERSON_OR_ANIMAL), modified=0.35)
+        subject = self.noun_phrase(self.pick(_PERSON_OR_ANIMAL), modified=0.5)
         chance = self.random()
         if chance < 0.2:
             return f"{self.be(subject.plural)} {subject.text} {self.predicate(subject.kind)}?"
@@ -298,7 +299,7 @@ class Storyteller(Speaker):
         subject = self.noun_phrase("person", modified=0.2)
         verb, kind = self.frame("person")
         wh = "who" if kind == "person" else "what"
-        if self.random() < 0.25:
+        if kind == "animal" or self.random() < 0.2:
             noun = self.noun(kind, countable=kind not in ("mass", "drink"))
             wh = f"which {self.bare(noun, bool(noun.plural) and self.random() < 0.5, 0.1)}"
         group = self.verb_group(verb, subject.plural, auxiliary=True)
@@ -323,7 +324,7 @@ class Storyteller(Speaker):
 
 # How many of a hundred sentences are of each type.
 SENTENCES = {
-    Storyteller.plain: 32,
+    Storyteller.plain: 31,
     Storyteller.dated: 6,
     Storyteller.two_actions: 5,
     Storyteller.reason: 4,
@@ -337,7 +338,7 @@ SENTENCES = {
     Storyteller.ever: 3,
     Storyteller.indefinite: 3,
     Storyteller.negation_scope: 3,
-    Storyteller.yes_no: 5,
+    Storyteller.yes_no: 6,
     Storyteller.wh_object: 4,
     Storyteller.wh_subject: 2,
     Storyteller.wh_adjunct: 2,

@@ -1,4 +1,4 @@
-"""The grammar of the built-in corpus: phrases and clauses over the words of builtin_lexicon.
+"""The grammar of the built-in corpus: phrases and clauses over the words of lexicon.py.
 
 Speaker draws phrases at random. Its sentences are right by construction: whatever must agree (verb, reflexive,
 determiner, pronoun) is chosen from the features of the phrase that governs it, never from the word beside it.
@@ -10,10 +10,9 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-from antlm_fast.data import builtin_lexicon as lexicon
-from antlm_fast.data import builtin_verbs as verbs
-from antlm_fast.data.builtin_lexicon import Noun, Pronouns
-from antlm_fast.data.builtin_verbs import Verb
+from antlm_fast.data.builtin import lexicon, verbs
+from antlm_fast.data.builtin.lexicon import Noun, Pronouns
+from antlm_fast.data.builtin.verbs import Verb
 
 T = TypeVar("T")
 
@@ -138,7 +137,7 @@ class Speaker:
             determiner = "the"
         elif not determiner:
             determiner = self.pick(lexicon.PLURAL_DETERMINERS if plural else lexicon.SINGULAR_DETERMINERS)
-        words = self.bare(noun, plural)
+        words = self.bare(noun, plural, 0.0 if determiner == "most" else 0.25)  # not "most old"
         text = with_article(words) if determiner == "a" else f"{determiner} {words}"
         phrase = Phrase(text, plural, self.pronouns(noun, plural), kind, noun, determiner == "the")
         if modified and self.random() < modified:
@@ -166,11 +165,11 @@ class Speaker:
         person = head.kind == "person"
         relative = "who" if person and self.random() < 0.8 else "that"
         frames = verbs.TRANSITIVE["person"].get(head.kind)
-        if frames and (head.kind not in _PERSON_OR_ANIMAL or self.random() < 0.45):
+        if frames and (head.kind not in _PERSON_OR_ANIMAL or self.random() < 0.4):
             verb = self.pick(frames)
             inner = self.noun_phrase("person", plural=plural, countable=plural is not None)
             return f"{relative} {inner.text} {self.finite(verb, inner.plural)[0]}"
-        if head.kind in _PERSON_OR_ANIMAL and (plural is not None or self.random() < 0.75):
+        if head.kind in _PERSON_OR_ANIMAL and (plural is not None or self.random() < 0.6):
             verb, kind = self.frame(head.kind, countable=plural is not None)
             inner = self.noun_phrase(kind, plural=plural)
             return f"{relative} {self.finite(verb, head.plural)[0]} {inner.text}"
@@ -262,7 +261,7 @@ class Speaker:
             return VerbGroup(have, verb.participle, "stative")
         if self.past:
             return VerbGroup("did", verb.base, "stative") if auxiliary else VerbGroup("", verb.past, "stative")
-        if chance < 0.25:
+        if chance < 0.25 and verb.aspect == "perception":
             return VerbGroup("will", verb.base, "stative")
         if auxiliary:
             return VerbGroup("do" if plural else "does", verb.base, "stative")

@@ -1,32 +1,38 @@
 """Minimal pairs of structure: argument structure, questions and gaps, negation and quantifiers.
 
-See builtin_pairs for what every function here returns.
+See pairs.py for what every function here returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from antlm_fast.data import builtin_verbs as verbs
-from antlm_fast.data.builtin_pairs_of_form import Pair, both
-from antlm_fast.data.builtin_sentences import Storyteller
-from antlm_fast.data.builtin_verbs import Verb
+from antlm_fast.data.builtin import verbs
+from antlm_fast.data.builtin.pairs_of_form import Pair, both
+from antlm_fast.data.builtin.sentences import Storyteller
+from antlm_fast.data.builtin.verbs import Verb
 
 _STRICT_FRAMES = tuple(
     (verb, kind) for verb, kind in verbs.FRAMES["any"]["person"] if verb in verbs.STRICTLY_TRANSITIVE
 )
-_FILLED_FRAMES = tuple((verb, kind) for verb, kind in verbs.FRAMES["any"]["person"] if verb in verbs.NOT_DATIVE)
-_THING_FRAMES = tuple((verb, kind) for verb, kind in _STRICT_FRAMES if kind in ("thing", "food", "text"))
-_ANY_FRAMES = tuple(
-    (verb, kind)
-    for verb, kind in verbs.FRAMES["perfect"]["person"]
-    if kind in ("thing", "food", "mass", "drink", "text", "animal")
+# "What" asks for things, "who" for people: a gap never stands for an animal.
+_GAP_FRAMES = tuple((verb, kind) for verb, kind in verbs.FRAMES["any"]["person"] if kind != "animal")
+_FILLED_FRAMES = tuple(
+    (verb, kind) for verb, kind in verbs.FRAMES["active"]["person"] if kind != "animal" and verb in verbs.NOT_DATIVE
 )
 _ANY_FRAMES = tuple(
     (verb, kind)
     for verb, kind in verbs.FRAMES["perfect"]["person"]
     if kind in ("thing", "food", "mass", "drink", "text", "animal")
 )
+_ADVERB_OF_QUESTION = {
+    "past": "yesterday",
+    "past_progressive": "yesterday",
+    "perfect": "today",
+    "progressive": "today",
+    "will": "tomorrow",
+    "can": "today",
+}
 _BOTH_CLAUSES = tuple(verb for verb in verbs.WH_CLAUSE if verb in verbs.THAT_CLAUSE)
 
 
@@ -89,7 +95,9 @@ def wh_object_gap(teller: Storyteller) -> Pair:
     subject = teller.noun_phrase("person", modified=0.15)
     verb, kind, wh = _gap_frame(teller, _FILLED_FRAMES)
     group = teller.verb_group(verb, subject.plural, auxiliary=True)
-    adverb = {"past": "yesterday", "past_progressive": "yesterday", "will": "tomorrow"}.get(group.when, "today")
+    while group.when not in _ADVERB_OF_QUESTION:
+        group = teller.verb_group(verb, subject.plural, auxiliary=True)
+    adverb = _ADVERB_OF_QUESTION[group.when]
     filler = teller.pick(("him", "her", "them") if kind == "person" else ("it",))
     return both(f"{wh} {group.auxiliary} {subject.text} {group.word} ", adverb, filler, "?")
 
@@ -140,7 +148,7 @@ def auxiliary_inversion(teller: Storyteller) -> Pair:
 def wh_word_order(teller: Storyteller) -> Pair:
     """A question with a wh word has its auxiliary before the subject."""
     subject = teller.noun_phrase("person", modified=0.15)
-    verb, _, wh = _gap_frame(teller, verbs.FRAMES["any"]["person"])
+    verb, _, wh = _gap_frame(teller, _GAP_FRAMES)
     group = teller.verb_group(verb, subject.plural, auxiliary=True)
     end = f" {group.word}{teller.adverbial(group.when, 0.3)}?"
     return both(f"{wh} ", f"{group.auxiliary} {subject.text}", f"{subject.text} {group.auxiliary}", end)
@@ -193,7 +201,7 @@ def there_quantifier(teller: Storyteller) -> Pair:
     """ "There is" introduces: "a", "one" and "two" go, "every" and "most" do not."""
     kind = teller.pick(("animal", "person", "thing", "food"))
     plural = teller.random() < 0.4
-    words = teller.bare(teller.noun(kind, countable=True), plural)
+    words = teller.bare(teller.noun(kind, countable=True), plural, 0.0 if plural else 0.25)
     if plural:
         good, bad = teller.pick(("many", "some", "two", "three", "several")), "most"
     else:

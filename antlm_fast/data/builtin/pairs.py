@@ -2,7 +2,7 @@
 
 A paradigm draws pairs (good, bad): a sentence of the grammar and its nearest ungrammatical twin, both in lower case
 with the final mark. The two have the same number of words and differ in one word or in word order. The good sentence
-has a form that builtin_sentences makes too; the bad one breaks exactly the rule that names the paradigm.
+has a form that sentences.py makes too; the bad one breaks exactly the rule that names the paradigm.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from antlm_fast.data import builtin_pairs_of_form as form
-from antlm_fast.data import builtin_pairs_of_structure as structure
-from antlm_fast.data.builtin_sentences import Storyteller
+from antlm_fast.data.builtin import pairs_of_form as form
+from antlm_fast.data.builtin import pairs_of_structure as structure
+from antlm_fast.data.builtin.sentences import Storyteller
 
 
 class Phenomenon(NamedTuple):
@@ -26,11 +26,9 @@ class Phenomenon(NamedTuple):
 
 PHENOMENA = (
     Phenomenon("subject_verb_agreement_simple", "morphology", "subject_verb_agreement", form.agreement_simple),
+    Phenomenon("subject_verb_agreement_pp_attractor", "morphology", "subject_verb_agreement", form.agreement_pp),
     Phenomenon(
-        "subject_verb_agreement_pp_attractor", "morphology", "subject_verb_agreement", form.agreement_pp_attractor
-    ),
-    Phenomenon(
-        "subject_verb_agreement_relative_clause", "morphology", "subject_verb_agreement", form.agreement_relative_clause
+        "subject_verb_agreement_relative_clause", "morphology", "subject_verb_agreement", form.agreement_relative
     ),
     Phenomenon("coordination_agreement", "morphology", "subject_verb_agreement", form.agreement_coordination),
     Phenomenon("existential_there_agreement", "morphology", "subject_verb_agreement", form.there_agreement),

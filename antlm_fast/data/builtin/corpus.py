@@ -1,7 +1,7 @@
 """A corpus without files: simple English written by a grammar, and minimal pairs held out from it.
 
 For demonstrations, tests and offline machines. What the language is: third-person English of a children's book, about
-seven hundred word forms, with agreement over attractors, relative and embedded clauses, questions, negation,
+nine hundred word forms, with agreement over attractors, relative and embedded clauses, questions, negation,
 reflexives, passives and argument structure. What it is not: natural text. It has no first or second person, little
 idiom and no world knowledge beyond which kinds of nouns suit a verb; scores on its minimal pairs say how well a model
 learnt this grammar, and are not comparable to scores on BLiMP.
@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from antlm_fast.data.builtin_pairs import PHENOMENA
-from antlm_fast.data.builtin_sentences import SENTENCES, Storyteller
+from antlm_fast.data.builtin.pairs import PHENOMENA
+from antlm_fast.data.builtin.sentences import SENTENCES, Storyteller
 from antlm_fast.types import InputError
 
 HELD_OUT_SHARE = 8  # one sentence in so many is never in the corpus

@@ -1,0 +1,265 @@
+"""What must hold of attention whatever the numbers: isolation, no leakage, live flags, determinism, dropout's law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from antlm_fast.kernels.attention import attention, attention_varlen
+from antlm_fast.kernels.attention.torch_plan import device_plan, host_plan
+
+LENGTHS = (5, 0, 17, 5, 33)
+
+
+def _inputs(total: int, heads: int = 2, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(total, n, 8, generator=generator) for n in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+def _packed(lengths: tuple[int, ...] = LENGTHS) -> tuple[Any, ...]:
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return starts, starts, max(lengths), max(lengths)
+
+
+def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    return (before != after).flatten(1).any(1).nonzero().flatten().tolist()
+
+
+def test_a_later_token_never_changes_an_earlier_causal_row(impl: str) -> None:
+    q, k, v = _inputs(20)
+    before = attention_varlen(q, k, v, *_packed((20,)), causal=True, impl=impl)
+    for changed in (0, 11, 19):
+        k2, v2 = k.clone(), v.clone()
+        k2[changed], v2[changed] = 5.0, -5.0
+        after = attention_varlen(q, k2, v2, *_packed((20,)), causal=True, impl=impl)
+        assert _changed_rows(before, after) == list(range(changed, 20))
+
+
+def test_a_prefix_token_changes_every_row_and_a_later_one_only_what_follows(impl: str) -> None:
+    q, k, v = _inputs(20)
+    prefix = torch.tensor([8], dtype=torch.int32)
+    before = attention_varlen(q, k, v, *_packed((20,)), prefix_len=prefix, impl=impl)
+    for changed, wanted in ((7, range(20)), (8, range(8, 20))):
+        v2 = v.clone()
+        v2[changed] = -5.0
+        after = attention_varlen(q, k, v2, *_packed((20,)), prefix_len=prefix, impl=impl)
+        assert _changed_rows(before, after) == list(wanted)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_never_see_each_other(impl: str, causal: bool) -> None:
+    """Rows 5..21 are the third sequence; the gradient says the same from the other end."""
+    q, k, v = (x.requires_grad_() for x in _inputs(60))
+    before = attention_varlen(q, k, v, *_packed(), causal=causal, impl=impl)
+    gradients = torch.autograd.grad(before[5:22].square().sum(), (q, k, v))
+    for gradient in gradients:
+        rows = _changed_rows(gradient, torch.zeros_like(gradient))
+        # a causal first row sees one key, whatever its score: its query has no gradient
+        assert set(rows) - {5} == set(range(6, 22))
+    # gradients are asked for again, because a call without them may round otherwise
+    changed = [torch.cat([x[:5], x[5:22] + 1.0, x[22:]]) for x in (q, k, v)]
+    assert _changed_rows(before, attention_varlen(*changed, *_packed(), causal=causal, impl=impl)) == list(range(5, 22))
+
+
+def test_packed_is_each_sequence_alone(impl: str) -> None:
+    q, k, v = _inputs(60)
+    flags = torch.tensor([True, False, False, True, True])
+    together = attention_varlen(q, k, v, *_packed(), causal=flags, impl=impl)
+    start = 0
+    for length, flag in zip(LENGTHS, flags.tolist(), strict=True):
+        rows = slice(start, start + length)
+        alone = attention(*(x[None, rows] for x in (q, k, v)), causal=flag, impl=impl)[0]
+        torch.testing.assert_close(together[rows], alone)
+        start += length
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix_len", "one flag"])
+def test_a_flag_changed_in_place_changes_the_next_call(impl: str, name: str) -> None:
+    q, k, v = (x.view(3, 20, 2, 8) for x in _inputs(60))
+    if name == "prefix_len":
+        flag, option = torch.zeros(3, dtype=torch.int32), "prefix_len"
+    else:
+        flag, option = torch.ones(() if name == "one flag" else 3, dtype=torch.bool), "causal"
+    options: dict[str, Any] = {option: flag}
+    torch.testing.assert_close(attention(q, k, v, **options, impl=impl), attention(q, k, v, causal=True, impl=impl))
+    flag.fill_(20 if name == "prefix_len" else False)
+    torch.testing.assert_close(attention(q, k, v, **options, impl=impl), attention(q, k, v, causal=False, impl=impl))
+
+
+def test_flipping_one_sequence_changes_only_that_sequence(impl: str) -> None:
+    q, k, v = (x.requires_grad_() for x in _inputs(60))
+    results = []
+    for third in (True, False):
+        flags = torch.tensor([True, False, third, False, True])
+        out = attention_varlen(q, k, v, *_packed(), causal=flags, impl=impl)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for first, second in zip(*results, strict=True):
+        rows = (~torch.isclose(first, second, rtol=1e-5, atol=1e-6)).flatten(1).any(1).nonzero().flatten().tolist()
+        assert rows
+        assert set(rows) <= set(range(5, 22))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_backward_twice_is_bitwise_equal(impl: str, dropout_p: float) -> None:
+    inputs = [x.requires_grad_() for x in _inputs(60, heads=4)]
+    flags = torch.tensor([True, False, False, True, True])
+    outs = [
+        attention_varlen(*inputs, *_packed(), causal=flags, dropout_p=dropout_p, dropout_seed=4, impl=impl)
+        for _ in range(2)
+    ]
+    assert torch.equal(*outs)
+    first = torch.autograd.grad(outs[0].square().sum(), inputs, retain_graph=True)
+    for again in (
+        torch.autograd.grad(outs[0].square().sum(), inputs),
+        torch.autograd.grad(outs[1].square().sum(), inputs),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_rows_that_see_nothing_give_and_get_nothing(impl: str) -> None:
+    """Eight queries over five keys: rows 0, 1 and 2 come before the first key."""
+    q, k, v = _inputs(8)
+    inputs = [
+        q[None].clone().requires_grad_(),
+        k[None, :5].clone().requires_grad_(),
+        v[None, :5].clone().requires_grad_(),
+    ]
+    out, lse = attention(*inputs, causal=True, return_lse=True, impl=impl)
+    assert not out[0, :3].any()
+    assert torch.equal(lse[0, :, :3], torch.full((2, 3), -torch.inf))
+    assert torch.isfinite(lse[0, :, 3:]).all()
+    assert not lse.requires_grad
+    upstream = torch.ones_like(out)
+    gradients = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    assert not gradients[0][0, :3].any()
+    upstream[0, :3] = 1e6
+    again = torch.autograd.grad(out, inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+def test_slack_rows_are_written_and_never_read(impl: str) -> None:
+    """Three rows past the last sequence hold NaN; results and gradients there are 0, elsewhere as without them."""
+    clean = [x.requires_grad_() for x in _inputs(60)]
+    dirty = [torch.cat([x.detach(), torch.full((3, 2, 8), torch.nan)]).requires_grad_() for x in clean]
+    wanted = attention_varlen(*clean, *_packed(), causal=True, impl=impl)
+    out = attention_varlen(*dirty, *_packed(), causal=True, impl=impl)
+    assert torch.equal(out[:60], wanted)
+    assert torch.equal(out[60:], torch.zeros(3, 2, 8))
+    with torch.no_grad():
+        _, lse = attention_varlen(*dirty, *_packed(), causal=True, return_lse=True, impl=impl)
+    assert torch.equal(lse[:, 60:], torch.full((2, 3), -torch.inf))
+    upstream = torch.ones_like(out)
+    upstream[60:] = torch.nan
+    for a, b in zip(
+        torch.autograd.grad(out, dirty, upstream), torch.autograd.grad(wanted, clean, upstream[:60]), strict=True
+    ):
+        assert torch.equal(a[:60], b)
+        assert torch.equal(a[60:], torch.zeros(3, 2, 8))
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (0,), ()])
+def test_a_batch_of_nothing(impl: str, lengths: tuple[int, ...]) -> None:
+    q, k, v = (x.requires_grad_() for x in _inputs(4))
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    out, lse = attention_varlen(q, k, v, starts, starts, 0, 0, causal=True, return_lse=True, impl=impl)
+    assert torch.equal(out, torch.zeros(4, 2, 8))
+    assert torch.equal(lse, torch.full((2, 4), -torch.inf))
+    assert not torch.autograd.grad(out.sum(), q)[0].any()
+
+
+def test_dropout_is_the_same_in_every_implementation_and_layout(impl: str) -> None:
+    """With v the identity a row of the output is the row of dropped probabilities, so the masks can be compared."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 16, 2, 16, generator=generator) for _ in range(2))
+    v = torch.eye(16)[None, :, None].expand(2, 16, 2, 16)
+    options: dict[str, Any] = {"causal": True, "dropout_p": 0.25, "dropout_seed": 2**40 + 17}
+    exact = attention(*(x.double() for x in (q, k, v)), **options, impl="reference")
+    out = attention(q, k, v, **options, impl=impl)
+    torch.testing.assert_close(out, exact.float())
+    in_bf16 = attention(*(x.bfloat16() for x in (q, k, v)), **options, impl=impl)
+    assert torch.equal(in_bf16 != 0, exact != 0)
+    seed = torch.tensor(2**40 + 17)
+    packed = attention_varlen(
+        *(x.flatten(0, 1) for x in (q, k, v)), *_packed((16, 16)), **{**options, "dropout_seed": seed}, impl=impl
+    )
+    torch.testing.assert_close(packed, exact.float().flatten(0, 1))
+    _, lse = attention(q, k, v, **options, return_lse=True, impl=impl)
+    _, without = attention(q, k, v, causal=True, return_lse=True, impl=impl)
+    torch.testing.assert_close(lse, without)
+
+
+def test_dropout_keeps_the_mean(impl: str) -> None:
+    """q = 0 and v = 1: a row's result is (kept share) / (1 - p), of mean 1."""
+    x, ones = torch.zeros(1, 128, 4, 2), torch.ones(1, 128, 4, 2)
+    out = attention(x, x, ones, causal=False, dropout_p=0.2, dropout_seed=5, impl=impl)
+    count = 128 * 128 * 4
+    assert abs(out.mean().item() - 1.0) < 6 * (0.2 / 0.8 / count) ** 0.5
+    assert out.std() > 0.01
+
+
+def test_a_seed_of_none_comes_from_the_default_generator(impl: str) -> None:
+    q, k, v = (x[None] for x in _inputs(12))
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(attention(q, k, v, causal=True, dropout_p=0.5, impl=impl))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_autocast_changes_nothing(impl: str) -> None:
+    inputs = [x[None].requires_grad_() for x in _inputs(20)]
+    plain = attention(*inputs, causal=True, impl=impl)
+    wanted = torch.autograd.grad(plain.square().sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs, causal=True, impl=impl)
+        half = attention(*(x.bfloat16() for x in inputs), causal=True, impl=impl)
+    assert torch.equal(out, plain)
+    assert half.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.square().sum(), inputs), wanted, strict=True))
+
+
+def test_gradients_go_where_they_are_wanted(impl: str) -> None:
+    q, k, v = (x[None] for x in _inputs(12))
+    (wanted,) = torch.autograd.grad(attention(q, k, v.requires_grad_(), causal=True, impl=impl).square().sum(), v)
+    q2, v2 = q.clone().requires_grad_(), v.detach().requires_grad_()
+    out = attention(q2, k, v2, causal=True, impl=impl)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), (q2, v2))[1], wanted)
+
+
+def test_views_of_one_projection_are_served(impl: str) -> None:
+    """q, k and v as slices of one (batch, seqlen, 3, heads, head_dim) tensor, as models make them."""
+    qkv = torch.randn(2, 9, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = qkv.unbind(2)
+    wanted = attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True, impl=impl)
+    torch.testing.assert_close(attention(q, k, v, causal=True, impl=impl), wanted)
+
+
+def test_the_host_plan_moves_nothing_for_one_length_and_groups_the_rest() -> None:
+    plan = host_plan((0, 4, 8, 12), (0, 4, 8, 12), (0, 0, 0), 12, 12, 10**6)
+    assert plan.map_q is None
+    assert plan.map_k is None
+    assert [(block.num_seqs, block.len_q, block.causal) for block in plan.blocks] == [(3, 4, True)]
+    # 200 sequences of 1 to 64 tokens run in four calls, padded to 16, 32, 48 and 64
+    starts = tuple(torch.tensor([0, *[1 + s * 37 % 64 for s in range(200)]]).cumsum(0).tolist())
+    plan = host_plan(starts, starts, (0,) * 200, starts[-1], starts[-1], 10**6)
+    assert sorted(block.len_q for block in plan.blocks) == [16, 32, 48, 64]
+    assert sum(block.num_seqs for block in plan.blocks) == 200
+    assert plan.map_q is not None
+    assert torch.equal(plan.map_q.rows[plan.map_q.slots], torch.arange(starts[-1]))
+
+
+def test_the_device_plan_gives_each_row_its_slot() -> None:
+    starts = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    plan = device_plan(starts, starts, 4, 4, 0, 6, 6)
+    # three sequences of 3, 0 and 2 rows, padded to 4: slots 0-2, none, 8-9; row 5 is slack
+    assert plan.map_q is not None
+    assert plan.map_q.slots[:5].tolist() == [0, 1, 2, 8, 9]
+    assert plan.map_q.slack is not None
+    assert plan.map_q.slack.flatten().tolist() == [False] * 5 + [True]
+    limits = plan.blocks[0].limits
+    assert limits is not None
+    assert limits.tolist() == [[1, 2, 3, 0], [0, 0, 0, 0], [1, 2, 0, 0]]

@@ -1,0 +1,300 @@
+"""Linear cross-entropy: the reference by hand and against torch, every implementation against the reference."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from antlm_fast.kernels.linear_cross_entropy import labelled, linear_cross_entropy, torch_impl
+from antlm_fast.testing.budget import assert_within_budget
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "sum", "mean")
+IGNORED = -100
+
+
+@pytest.fixture(params=["reference", "torch", "torch, row by row", "torch, on device", "reference, on device"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation; the plain-torch one also with chunks of one row, both also with rows masked, not gathered."""
+    way: str = request.param
+    if way.endswith("row by row"):
+        monkeypatch.setattr(torch_impl, "CHUNK_WORKSPACE_MIB", 0)
+    if way.endswith("on device"):
+        monkeypatch.setattr(labelled, "_host_may_read", lambda x: False)
+    return way.split(",")[0]
+
+
+def _inputs(rows: int = 13, hidden_size: int = 12, vocab: int = 17, labels: str = "some") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    index = torch.arange(rows)
+    labelled_rows = {"none": index < 0, "one": index == rows // 2, "some": index % 3 != 1, "all": index >= 0}[labels]
+    return {
+        "hidden": torch.randn(rows, hidden_size, **options),
+        "weight": torch.randn(vocab, hidden_size, **options),
+        "bias": torch.randn(vocab, **options),
+        "targets": targets.where(labelled_rows, IGNORED),
+        # no two rows alike, and none of them 1
+        "upstream": torch.linspace(-2.0, 3.5, rows, dtype=torch.float64),
+    }
+
+
+def test_by_hand(impl: str) -> None:
+    # hidden 1, weights (0, ln 3): p = (1/4, 3/4), lse = ln 4. Targets 0 and 1: nll ln 4 and ln 4/3; the third is ignored
+    hidden, targets = torch.ones(3, 1, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, IGNORED])
+    weight = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64, requires_grad=True)
+    losses, lse = linear_cross_entropy(hidden, weight, targets, reduction="none", return_lse=True, impl=impl)
+    first, second = math.log(4), math.log(4 / 3)
+    torch.testing.assert_close(losses.tolist(), [first, second, 0.0])
+    torch.testing.assert_close(lse.tolist(), [math.log(4), math.log(4), 0.0])
+    # the mean is over two rows. d / d logits: (p - 1 at the target) / 2: (-3/8, 3/8) and (1/8, -1/8), together
+    # (-1/4, 1/4), which is the gradient of weight; that of hidden is d logits . weight: 3/8 ln 3 and -1/8 ln 3
+    mean = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    assert mean.item() == pytest.approx((first + second) / 2, rel=1e-12)
+    d_hidden, d_weight = torch.autograd.grad(mean, (hidden, weight))
+    torch.testing.assert_close(d_weight.flatten().tolist(), [-0.25, 0.25])
+    torch.testing.assert_close(d_hidden.flatten().tolist(), [3 / 8 * math.log(3), -math.log(3) / 8, 0.0])
+    # smoothing 1/2 mixes with the mean of -log p: row 0: (ln 4 + (ln 4 + ln 4/3) / 2) / 2; z-loss adds 0.1 (ln 4)^2
+    smooth = linear_cross_entropy(hidden, weight, targets, reduction="none", label_smoothing=0.5, z_loss=0.1, impl=impl)
+    assert smooth[0].item() == pytest.approx(first / 2 + (first + second) / 4 + 0.1 * first**2, rel=1e-12)
+    # softcap 1: the logits become 0 and tanh(ln 3) = (3 - 1/3) / (3 + 1/3) = 0.8
+    capped = linear_cross_entropy(hidden, weight, targets, reduction="none", softcap=1.0, impl=impl)
+    assert capped[0].item() == pytest.approx(math.log(1 + math.exp(0.8)), rel=1e-12)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("vocab", [1, 7, 517])
+def test_equals_torch_cross_entropy(impl: str, reduction: str, smoothing: float, biased: bool, vocab: int) -> None:
+    inputs = _inputs(vocab=vocab)
+    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")][: 3 if biased else 2]
+    bias = leaves[2] if biased else None
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+    wanted = cross_entropy(linear(leaves[0], leaves[1], bias), inputs["targets"], **options)
+    loss = linear_cross_entropy(leaves[0], leaves[1], inputs["targets"], bias=bias, **options, impl=impl)
+    torch.testing.assert_close(loss, wanted)
+    upstream = inputs["upstream"] if reduction == "none" else torch.tensor(-2.5, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(loss, leaves, upstream), torch.autograd.grad(wanted, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def _results(inputs: dict[str, torch.Tensor], dtype: torch.dtype, impl: str, **options: Any) -> dict[str, torch.Tensor]:
+    leaves = [inputs[name].to(dtype).requires_grad_() for name in ("hidden", "weight", "bias")]
+    hidden, weight, bias = leaves
+    loss, lse = linear_cross_entropy(
+        hidden, weight, inputs["targets"], bias=bias, **options, return_lse=True, impl=impl
+    )
+    upstream = inputs["upstream"].to(loss.dtype) if loss.dim() else torch.tensor(-2.5, dtype=loss.dtype)
+    gradients = torch.autograd.grad(loss, leaves, upstream)
+    assert loss.dtype == lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not lse.requires_grad
+    assert all(gradient.dtype == dtype for gradient in gradients)
+    return dict(zip(("loss", "lse", "d_hidden", "d_weight", "d_bias"), (loss.detach(), lse, *gradients), strict=True))
+
+
+def _assert_all_within_budget(inputs: dict[str, torch.Tensor], dtype: torch.dtype, impl: str, **options: Any) -> None:
+    # the exact result is that of the inputs as the dtype holds them
+    rounded = {name: x.to(dtype).double() if x.is_floating_point() else x for name, x in inputs.items()}
+    exact = _results(rounded, torch.float64, "reference", **options)
+    actual = _results(rounded, dtype, impl, **options)
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+        return
+    eager = _results(rounded, dtype, "reference", **options)
+    for name, wanted in exact.items():
+        assert_within_budget(name, actual[name], wanted, eager[name], 3.0 if name.startswith("d_") else 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"z_loss": 0.1}, {"label_smoothing": 0.2}, {"softcap": 3.0}, {"z_loss": 0.02, "softcap": 5.0}],
+    ids=str,
+)
+def test_matches_reference(impl: str, dtype: torch.dtype, reduction: str, options: dict[str, Any]) -> None:
+    _assert_all_within_budget(_inputs(), dtype, impl, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 517])
+@pytest.mark.parametrize("labels", ["one", "all"])
+def test_vocabularies_and_labels(impl: str, dtype: torch.dtype, vocab: int, labels: str) -> None:
+    for reduction in REDUCTIONS:
+        _assert_all_within_budget(_inputs(vocab=vocab, labels=labels), dtype, impl, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_label_gives_zero_loss_and_gradients(impl: str, reduction: str, rows: int) -> None:
+    results = _results(_inputs(rows, labels="none"), torch.float32, impl, reduction=reduction)
+    assert results["loss"].shape == ((rows,) if reduction == "none" else ())
+    for name, x in results.items():
+        assert torch.equal(x, torch.zeros_like(x)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_probabilities_near_one_keep_their_gradient(impl: str, dtype: torch.dtype, reduction: str) -> None:
+    """p = 0.999 at the target: p - 1 formed in bfloat16 would be 0 or 4 times too large."""
+    hidden = torch.tensor([[1.0]], dtype=dtype, requires_grad=True)
+    weight = torch.tensor([[7.0], [0.0]], dtype=dtype, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0]), reduction=reduction, impl=impl)
+    (d_weight,) = torch.autograd.grad(loss.sum(), weight)
+    wanted = -1.0 / (1.0 + math.exp(7.0))
+    torch.testing.assert_close(d_weight[0].item(), wanted, rtol=torch.finfo(dtype).eps, atol=0.0)
+
+
+def test_extreme_logits_stay_finite(impl: str) -> None:
+    hidden = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    weight = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
+    losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 0]), reduction="none", impl=impl)
+    assert losses.tolist() == [0.0, 2e4]
+    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(losses.sum(), (hidden, weight)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(impl: str, reduction: str) -> None:
+    inputs = _inputs(rows=4, hidden_size=3, vocab=5)
+    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        options: dict[str, Any] = {"z_loss": 0.1, "label_smoothing": 0.1, "softcap": 2.0, "reduction": reduction}
+        result = linear_cross_entropy(hidden, weight, inputs["targets"], bias=bias, **options, impl=impl)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "bias": (None, torch.linspace(-1, 1, 17)),
+    "ignore_index": (IGNORED, 3),
+    "reduction": ("mean", "sum"),
+    "z_loss": (0.0, 0.1),
+    "label_smoothing": (0.0, 0.1),
+    "softcap": (None, 2.0),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_reaches_every_implementation(impl: str, option: str) -> None:
+    inputs = _inputs(labels="all")
+    hidden, weight = inputs["hidden"].float().requires_grad_(), inputs["weight"].float()
+    targets = torch.tensor([3, 5] * 6 + [3])
+    results = []
+    for value in OPTIONS[option]:
+        loss = linear_cross_entropy(hidden, weight, targets, **{option: value}, impl=impl)
+        results.append((loss.item(), torch.autograd.grad(loss, hidden)[0]))
+    assert abs(results[0][0] - results[1][0]) > 1e-2, f"{impl} ignores {option}"
+    assert (results[0][1] - results[1][1]).abs().max() > 1e-4, f"the gradient of {impl} ignores {option}"
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice_is_bitwise_equal(impl: str, reduction: str) -> None:
+    inputs = _inputs()
+    leaves = [inputs[name].float().requires_grad_() for name in ("hidden", "weight", "bias")]
+    loss = linear_cross_entropy(leaves[0], leaves[1], inputs["targets"], bias=leaves[2], reduction=reduction, impl=impl)
+    upstream = torch.full_like(loss, 1.5)
+    first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_an_unlabelled_row_holds_does_not_matter(impl: str, reduction: str) -> None:
+    inputs = _inputs()
+    clean = [inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_()]
+    ignored = (inputs["targets"] == IGNORED)[:, None]
+    dirty = inputs["hidden"].detach().masked_fill(ignored, 1e3).requires_grad_()
+    wanted = linear_cross_entropy(*clean, inputs["targets"], reduction=reduction, impl=impl)
+    loss = linear_cross_entropy(dirty, clean[1], inputs["targets"], reduction=reduction, impl=impl)
+    assert torch.equal(loss, wanted)
+    gradients = torch.autograd.grad(loss.sum(), (dirty, clean[1]))
+    for a, b in zip(gradients, torch.autograd.grad(wanted.sum(), clean), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not gradients[0][ignored.flatten()].any()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast_computes_as_its_dtype_does(impl: str, reduction: str) -> None:
+    """Products of bfloat16 inputs, gradients in the inputs' own dtypes; a mixed pair of inputs is accepted."""
+    inputs = _inputs()
+    leaves = [inputs[name].float().requires_grad_() for name in ("hidden", "weight", "bias")]
+    halves = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    wanted = linear_cross_entropy(*halves[:2], inputs["targets"], bias=halves[2], reduction=reduction, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*leaves[:2], inputs["targets"], bias=leaves[2], reduction=reduction, impl=impl)
+        mixed = linear_cross_entropy(
+            halves[0], leaves[1], inputs["targets"], bias=leaves[2], reduction=reduction, impl=impl
+        )
+        double = linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"], impl=impl)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, wanted)
+    assert torch.equal(mixed, wanted)
+    torch.testing.assert_close(double, linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"]))
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    for a, b in zip(gradients, torch.autograd.grad(wanted.sum(), halves), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_go_where_they_are_wanted(impl: str, reduction: str) -> None:
+    inputs = _inputs()
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")}
+    loss = linear_cross_entropy(**leaves, targets=inputs["targets"], reduction=reduction, impl=impl)
+    wanted = dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True))
+    for name, leaf in leaves.items():
+        others = {other: inputs[other] for other in leaves if other != name}
+        loss = linear_cross_entropy(**others, **{name: leaf}, targets=inputs["targets"], reduction=reduction, impl=impl)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), leaf)[0], wanted[name])
+    with torch.no_grad():
+        plain = linear_cross_entropy(**leaves, targets=inputs["targets"], reduction=reduction, impl=impl)
+    assert torch.equal(plain, loss)
+    assert not plain.requires_grad
+
+
+def test_labelled_rows_by_hand() -> None:
+    some = labelled.labelled_rows(torch.tensor([3, -1, 0, -1]), -1)
+    assert some.rows is not None
+    assert (some.rows.tolist(), some.counts, some.count) == ([0, 2], None, 2)
+    every = labelled.labelled_rows(torch.tensor([3, 0]), -1)
+    assert (every.rows, every.counts, every.count) == (None, None, 2)
+
+
+HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, IGNORED])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": HIDDEN[0]}, ValueError, "hidden must have shape (rows, hidden_size); got (4,)"),
+        ({"weight": WEIGHT[:, :3]}, ValueError, "weight must have shape (vocab, 4); got (5, 3)"),
+        ({"targets": TARGETS[:2]}, ValueError, "targets must have shape (3,); got (2,)"),
+        ({"targets": TARGETS.int()}, TypeError, "targets must be int64; got torch.int32"),
+        ({"bias": WEIGHT}, ValueError, "bias must have shape (5,); got (5, 4)"),
+        ({"hidden": HIDDEN.int()}, TypeError, "hidden must be float16, bfloat16, float32 or float64; got torch.int32"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must have hidden's dtype torch.float32; got torch.float16"),
+        ({"bias": WEIGHT[:, 0].half()}, TypeError, "bias must have weight's dtype torch.float32; got torch.float16"),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on hidden's device cpu; got meta"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'max'"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be finite and at least 0; got -1.0"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be at least 0 and at most 1; got 1.5"),
+        ({"softcap": 0.0}, ValueError, "softcap must be finite and above 0, or None; got 0.0"),
+        ({"targets": TARGETS + 1}, ValueError, "targets must be in [0, 5) or ignore_index -100; got -99"),
+        ({"targets": TARGETS[[0, 1, 1]] + 1}, ValueError, "targets must be in [0, 5) or ignore_index -100; got 5"),
+    ],
+)
+def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        linear_cross_entropy(**{"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **change})

@@ -1,0 +1,57 @@
+"""Philox against its published answers, and the dropout mask's law."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from antlm_fast.kernels.philox import drop_threshold, keep_mask, philox
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        # kat_vectors of the authors' Random123 library, philox 4x32, 10 rounds
+        ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_published_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
+    unsigned = key[0] | key[1] << 32
+    seed = torch.tensor(unsigned - 2**64 if unsigned >= 2**63 else unsigned)
+    words = philox(seed, *(torch.tensor(word) for word in counter))
+    assert [int(word) for word in words] == answer
+
+
+def test_broadcast_counters_give_the_words_of_each_counter() -> None:
+    seed = torch.tensor(7)
+    first, second = torch.arange(3)[:, None], torch.arange(4)
+    together = philox(seed, first, second, torch.tensor(5), torch.tensor(0))[0]
+    one_by_one = [
+        [int(philox(seed, torch.tensor(i), torch.tensor(j), torch.tensor(5), torch.tensor(0))[0]) for j in range(4)]
+        for i in range(3)
+    ]
+    assert together.tolist() == one_by_one
+
+
+@pytest.mark.parametrize(("p", "threshold"), [(0.0, 0), (0.25, 2**30), (0.5, 2**31), (1.0 - 2.0**-53, 2**32 - 1)])
+def test_threshold_is_exact_and_fits_32_bits(p: float, threshold: int) -> None:
+    assert drop_threshold(p) == threshold
+
+
+def test_mask_keeps_the_right_share_and_rows_are_not_alike() -> None:
+    heads, rows, cols, p = 4, 128, 128, 0.1
+    axes = torch.arange(heads)[:, None, None], torch.arange(rows)[:, None], torch.arange(cols)
+    kept = keep_mask(torch.tensor(3), *axes, p)
+    count = kept.numel()
+    # six standard deviations of a binomial share
+    assert abs(kept.double().mean().item() - (1 - p)) < 6 * (p * (1 - p) / count) ** 0.5
+    centred = kept.double() - (1 - p)
+    for a, b in ((centred[0], centred[1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
+        assert abs((a * b).mean().item()) < 6 * p * (1 - p) / a.numel() ** 0.5
+    assert not torch.equal(kept, keep_mask(torch.tensor(3 + 2**32), *axes, p)), "the seed's high word is not used"
