@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 IMPLS = ("auto", "reference", "native", "triton", "torch")
@@ -77,7 +77,7 @@ def choose(op: str, table: Table[CallT], impl: str, call: CallT) -> Implementati
 
 
 def survey(op: str, table: Table[CallT], call: CallT) -> list[ImplementationRow]:
-    """Every implementation known by name, those of the table first and in its order: can it serve, does auto take it."""
+    """Every implementation known by name, those of the table first, in its order: can it serve, does auto take it."""
     names = [*table, *(name for name in IMPLS if name != "auto" and name not in table)]
     reasons = {name: _reason(op, table, name, call) for name in names}
     first = next((name for name in table if reasons[name] is None), None)
@@ -92,7 +92,7 @@ def _reason(op: str, table: Table[CallT], impl: str, call: CallT) -> str | None:
     raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}; got {impl!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_choice(op: str, name: str, call: Hashable) -> None:
     # the cache is what makes it once: a repeated call does not come here
     _logger.info("%s: impl='auto' takes %r for %s", op, name, call)

@@ -121,7 +121,7 @@ def evaluate_pairs(
     *,
     source: str = BUILTIN,
     precision: str = "float32",
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores every pair under each read-out; what is returned is the content of minimal_pairs.json.

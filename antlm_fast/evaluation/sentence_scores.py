@@ -90,7 +90,7 @@ def score_sentences(
     read_out: str,
     *,
     precision: str = "float32",
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     progress: bool = True,
 ) -> SentenceScores:
     """How probable each sentence is.

@@ -72,7 +72,8 @@ class _Packing:
 
     cu_seqlens: Tensor  # int32 (num_seqs + 1,)
     max_seqlen: int
-    visibility: dict[str, bool | Tensor]  # {"causal": ...} or {"prefix_len": ...}
+    causal: bool | Tensor | None  # exactly one of causal and prefix_len
+    prefix_len: Tensor | None
     cos: Tensor  # (total_tokens, 1, head_dim)
     sin: Tensor
     impl: str
@@ -154,11 +155,16 @@ class BabyLlama(nn.Module):
                 f"max_seqlen must be at most max_position_embeddings ({self.config.max_position_embeddings}); "
                 f"got {max_seqlen}"
             )
-        visibility: dict[str, bool | Tensor] = {"causal": causal} if causal is not None else {"prefix_len": prefix_len}  # type: ignore[dict-item]
         tokens = input_ids.reshape(-1)
         cos, sin = _rotary_tables(_positions(cu_seqlens, tokens.numel()), self.config)
         packing = _Packing(
-            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, visibility=visibility, cos=cos, sin=sin, impl=impl
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            causal=causal,
+            prefix_len=prefix_len,
+            cos=cos,
+            sin=sin,
+            impl=impl,
         )
         return self.model(tokens, packing).reshape(*input_ids.shape, self.config.hidden_size)
 
@@ -258,7 +264,8 @@ class _Attention(nn.Module):
             cu_seqlens,
             max_seqlen,
             max_seqlen,
-            **packing.visibility,
+            causal=packing.causal,
+            prefix_len=packing.prefix_len,
             impl=packing.impl,
         )
         return self.o_proj(out.flatten(-2))

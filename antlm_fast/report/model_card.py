@@ -113,12 +113,13 @@ def _loading(record: RunRecord) -> str:
         "from antlm_fast.models.decoding import fill, generate\n"
         "from antlm_fast.models.pretrained import load_pretrained\n\n"
         'model = load_pretrained(Path("model"))\n'
-        'tokenizer = Tokenizer.load("model/tokenizer.json")\n'
-        "special = tokenizer.vocabulary.special_ids\n\n"
-        'prompt = tokenizer.encode("The cat")[:-1]  # without the closing template token\n'
+        'tokenizer = Tokenizer.load("model")\n'
+        "special = tokenizer.special_id_set\n\n"
+        'prompt = tokenizer.encode_beginning("The cat")\n'
         "print(tokenizer.decode(generate(model, prompt, 20, banned_ids=special)))\n\n"
-        'gap = tokenizer.encode(f"The {tokenizer.mask_token} sleeps.")\n'
-        f"print(fill(model, gap, tokenizer.mask_id{shift}, banned_ids=special))\n"
+        'gap = tokenizer.encode_with_masks(f"The {tokenizer.mask_token} sleeps.")\n'
+        f"for candidates in fill(model, gap, tokenizer.mask_id{shift}, banned_ids=special).values():\n"
+        "    print([(tokenizer.decode([token]), share) for token, share in candidates])\n"
         "```"
     )
     return "\n\n".join(blocks)

@@ -18,8 +18,9 @@ def assert_within_budget(
 
     max|actual - exact| <= slack * (max|eager - exact| + eps(actual's dtype) * max(max|exact|, scale))
 
-    There is no tolerance to pick: the difference between plain code and float64 says what the dtype can do on these very
-    inputs. (For float64 itself it says nothing: compare directly.) Infinities (a log-sum-exp over nothing is -inf) must stand where the exact result has them.
+    There is no tolerance to pick: the difference between plain code and float64 says what the dtype can do on these
+    very inputs. (Of float64 itself it says nothing: compare directly.) Infinities, such as the -inf of a log-sum-exp
+    over nothing, must stand where the exact result has them.
 
     Args:
         name: what is compared; begins the message.

@@ -27,11 +27,13 @@ class TrainState:
 
     Args:
         step: optimizer steps done.
+        tokens: read by them.
         metrics_bytes: length of metrics.jsonl at that moment; what lies behind it is cut off on resume.
         loss_sums, loss_counts: what the next training line has gathered so far, by objective.
     """
 
     step: int
+    tokens: int
     metrics_bytes: int
     loss_sums: dict[str, float]
     loss_counts: dict[str, int]
@@ -52,7 +54,10 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        tensors = {"model": dict(model.state_dict()), "optimizer": _moments(model, optimizer)}
+        tensors: dict[str, dict[str, Tensor]] = {
+            "model": dict(model.named_parameters()),
+            "optimizer": _moments(model, optimizer),
+        }
         files = {
             f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", tensors[name]) for name in tensors
         }
@@ -89,8 +94,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     tensors = {}
     for name, expected in files.items():
         tensors[name] = _read_tensors(path / name, expected)
-    _check_fit(path, model, tensors["model.safetensors"])
-    model.load_state_dict(tensors["model.safetensors"])
+    weights = tensors["model.safetensors"]
+    _check_fit(path, model, weights)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # tied weights are one parameter, under one name
+            parameter.copy_(weights[name])
     _restore_moments(model, optimizer, tensors["optimizer.safetensors"])
     return state
 
@@ -119,24 +127,13 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    unique = {name: tensor.contiguous() for name, tensor in _without_shared(tensors).items()}
     try:
-        save_file(unique, path)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how safetensors reports a failed write
         raise OSError(f"{path} could not be written: {error}") from None
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _without_shared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights are stored once, under the first of their names."""
-    seen: set[int] = set()
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))
-    }
 
 
 def _read_tensors(path: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
@@ -160,13 +157,14 @@ def _hint(checkpoint: Path) -> str:
     return f"; remove {checkpoint} to resume from {older[-1].name}" if older else ""
 
 
-def _check_fit(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in model.state_dict().items():
-        if name in tensors and tensors[name].shape != tensor.shape:
+def _check_fit(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name, parameter in model.named_parameters():
+        if shapes.get(name) != tuple(parameter.shape):
             what = "vocabulary" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "model"
             raise InputError(
-                f"checkpoint {path} does not match the run's {what}: {name} must have shape {tuple(tensor.shape)}; "
-                f"got {tuple(tensors[name].shape)}"
+                f"checkpoint {path} does not match the run's {what}: {name} must have shape {tuple(parameter.shape)}; "
+                f"got {shapes.get(name, 'none')}"
             )
 
 

@@ -75,6 +75,7 @@ class Trainer:
         )
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_counts: dict[str, int] = {}
+        self._tokens = 0  # read since the run began
 
     def run(self, *, resume: bool) -> None:
         """Train to the end of the schedule.
@@ -86,12 +87,13 @@ class Trainer:
             InputError: the checkpoint is damaged, the disk refuses a write, or the loss is no longer finite; in each
                 case the earlier checkpoints are intact.
         """
-        state = TrainState(step=0, metrics_bytes=0, loss_sums={}, loss_counts={})
+        state = TrainState(step=0, tokens=0, metrics_bytes=0, loss_sums={}, loss_counts={})
         newest = latest_checkpoint(self.checkpoints) if resume else None
         if newest is not None:
             state = load_checkpoint(newest, self.model, self.optimizer)
         self._loss_sums = {name: self._scalar(value) for name, value in state.loss_sums.items()}
         self._loss_counts = dict(state.loss_counts)
+        self._tokens = state.tokens
         try:
             log = MetricsLog(
                 self.run_folder,
@@ -126,6 +128,7 @@ class Trainer:
                 progress.phase(index, len(self.timeline.phases), self.timeline.phases[index].name, step)
             grad_norm, tokens = self._step(step)
             window_tokens += tokens
+            self._tokens += tokens
             progress.advance()
 
             done = step + 1
@@ -204,19 +207,21 @@ class Trainer:
 
     def _evaluate(self, done: int, log: MetricsLog, progress: Progress) -> None:
         losses = mean_losses(self.model, self.validation_batches, self.config.precision)
+        named = {str(objective): loss for objective, loss in losses.items()}
         record = {
             "kind": "validation",
             "step": done,
             "phase": self.timeline.index_at(max(done - 1, 0)),
             "epoch": done / self.timeline.steps_per_epoch,
-            "loss": {str(objective): loss for objective, loss in losses.items()},
+            "loss": named,
         }
         log.write(record)
-        progress.validated(done, record["loss"])
+        progress.validated(done, named)
 
     def _save(self, done: int, metrics_bytes: int) -> None:
         state = TrainState(
             step=done,
+            tokens=self._tokens,
             metrics_bytes=metrics_bytes,
             loss_sums={name: float(value) for name, value in self._loss_sums.items()},
             loss_counts=dict(self._loss_counts),
@@ -259,6 +264,7 @@ class Trainer:
             "lr": lr_at(step, self.config.optimizer.lr, self.config.lr_schedule, self.timeline),
             "mask_rate": masking.rate_at(step, self.timeline.total_steps) if phase.masked_share > 0 else None,
             "grad_norm": grad_norm,
+            "tokens": self._tokens,
         }
 
     def _scalar(self, value: float) -> Tensor:

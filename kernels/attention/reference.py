@@ -22,7 +22,9 @@ def attention(
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
     out, lse = attention_varlen(
-        *(x.flatten(0, 1) for x in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         torch.arange(batch + 1) * seqlen_q,
         torch.arange(batch + 1) * seqlen_k,
         seqlen_q,

@@ -87,14 +87,14 @@ def materialised(
         return_lse: also give lse (num_seqs, heads, len_q).
     """
     keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _Materialised.apply(q, k, v, block, softmax_scale, dropout, return_lse, keep)  # type: ignore[no-any-return]
+    return _Materialised.apply(q, k, v, block, softmax_scale, dropout, return_lse, keep)
 
 
 class _Materialised(torch.autograd.Function):
     """Inside, tensors are (num_seqs * kv_heads, group * len, head_dim): query heads that share keys are one product."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -1,8 +1,8 @@
 """Attention out of torch's own operations.
 
-On the CPU (training as well): sequences are grouped by length, and a group's probabilities are kept for the backward
-while one head's score matrix is small (512 KiB; float32 up to 362 tokens, bfloat16 up to 512); beyond that torch's fused
-attention keeps memory linear. Without gradients fused attention serves small groups too, where nothing is masked.
+On the CPU sequences are grouped by length, and a group's probabilities are kept for the backward while one head's
+score matrix is small (512 KiB: float32 up to 362 tokens, bfloat16 up to 512); beyond that torch's fused attention keeps
+memory linear. Without gradients fused attention serves small groups too, if they are unmasked or plainly causal.
 Fused attention gives no lse and has a dropout of its own, so return_lse and dropout_p keep probabilities at any length.
 
 On CUDA nothing is read from the device. A dense batch with a Python flag (and as many keys as queries, if causal) runs
@@ -199,11 +199,11 @@ def _packed_rows(row_map: RowMap | None, first: int, part: torch.Tensor) -> torc
 
 
 def _pad(x: torch.Tensor, row_map: RowMap | None) -> torch.Tensor:
-    return x if row_map is None else _Pad.apply(x, row_map)  # type: ignore[no-any-return]
+    return x if row_map is None else _Pad.apply(x, row_map)
 
 
 def _unpad(x: torch.Tensor, row_map: RowMap | None) -> torch.Tensor:
-    return x if row_map is None else _Unpad.apply(x, row_map)  # type: ignore[no-any-return]
+    return x if row_map is None else _Unpad.apply(x, row_map)
 
 
 def _to_slots(x: torch.Tensor, row_map: RowMap) -> torch.Tensor:
@@ -221,12 +221,12 @@ class _Pad(torch.autograd.Function):
     """Packed rows to slots. The way back is a gather too, since padding slots have no gradient: autograd would add."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, row_map: RowMap) -> torch.Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: torch.Tensor, row_map: RowMap) -> torch.Tensor:  # type: ignore[no-untyped-def]
         ctx.row_map = row_map
         return _to_slots(x, row_map)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, gradient: torch.Tensor):  # type: ignore[no-untyped-def]
         return _to_rows(gradient, ctx.row_map), None
 
 
@@ -234,10 +234,10 @@ class _Unpad(torch.autograd.Function):
     """Slots to packed rows; what padding slots are handed back is multiplied by probabilities that are 0."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, row_map: RowMap) -> torch.Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: torch.Tensor, row_map: RowMap) -> torch.Tensor:  # type: ignore[no-untyped-def]
         ctx.row_map = row_map
         return _to_rows(x, row_map)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, gradient: torch.Tensor):  # type: ignore[no-untyped-def]
         return _to_slots(gradient, ctx.row_map), None

@@ -1,14 +1,15 @@
 """Which sequences run together, and where their rows lie in the padded layout that dense operations need.
 
-On the CPU lengths and flags are free to read, so sequences of like length are grouped, little is padded, and a batch of
-one length is not moved at all. On an accelerator nothing may be read: there the plan is one block, padded to the longest
-sequence, and its limits are computed on the device.
+On the CPU lengths and flags are free to read, so sequences of like length are grouped, little is padded, and a batch
+of one length is not moved at all. On an accelerator nothing may be read: there the plan is one block, padded to the
+longest sequence, and its limits are computed on the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -19,8 +20,8 @@ class Block:
 
     Args:
         num_seqs, len_q, len_k: the call's shape.
-        limits: int64 (num_seqs or 1, len_q); query i sees keys [0, limits[s, i]), and none if it is padding. None: every
-            query sees every key, and nothing is padded.
+        limits: int64 (num_seqs or 1, len_q); query i sees keys [0, limits[s, i]), and none if it is padding. None:
+            every query sees every key, and nothing is padded.
         causal: the limits are a square causal mask and nothing is padded.
         unseen: a limit may be 0.
     """
@@ -72,16 +73,14 @@ def host_plan(
     size neither padding nor a mask is cheap.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
-    lens_q = [stop - start for start, stop in zip(starts_q, starts_q[1:], strict=False)]
-    lens_k = [stop - start for start, stop in zip(starts_k, starts_k[1:], strict=False)]
+    lens_q = [stop - start for start, stop in pairwise(starts_q)]
+    lens_k = [stop - start for start, stop in pairwise(starts_k)]
     visible = [_canonical(*sizes) for sizes in zip(lens_q, lens_k, prefixes, strict=True)]
     for s, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
         if len_q == 0 and len_k == 0:
             continue
-        if len_q * len_k > max_scores:
-            key = (len_q, len_k, visible[s])
-        else:
-            key = (_rounded_up(len_q), _rounded_up(len_k))
+        long = len_q * len_k > max_scores
+        key = (len_q, len_k, visible[s]) if long else (_rounded_up(len_q), _rounded_up(len_k))
         groups.setdefault(key, []).append(s)
     order = list(groups.values())
     blocks = tuple(_host_block(members, lens_q, lens_k, visible) for members in order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 
@@ -36,6 +37,40 @@ TABLE: Table[LinearCrossEntropyCall] = {
     "reference": Implementation(_serves_everything, reference.forward),
 }
 OPS: dict[str, Table[LinearCrossEntropyCall]] = {"linear_cross_entropy": TABLE}
+
+
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    z_loss: float = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = False,
+    impl: str = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    z_loss: float = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def linear_cross_entropy(

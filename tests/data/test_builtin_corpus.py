@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from antlm_fast.data.builtin import lexicon
-from antlm_fast.data.builtin import sentences, verbs
+from antlm_fast.data.builtin import lexicon, sentences, verbs
 from antlm_fast.data.builtin.corpus import documents, is_held_out, minimal_pairs, written
 from antlm_fast.types import InputError
 

@@ -156,11 +156,13 @@ def test_packed_matches_reference_on_awkward_lengths(impl: str, kind: str, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_with_other_numbers_of_keys(impl: str, kind: str) -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_packed_with_other_numbers_of_keys(impl: str, kind: str, dropout_p: float) -> None:
     """Longer, shorter and no keys; no queries; more slack on one side than on the other."""
     lengths_q, lengths_k = (7, 16, 0, 17, 5, 0, 40), (16, 7, 9, 17, 0, 0, 3)
     tensors = _tensors((sum(lengths_q) + 2, 2, 8), (sum(lengths_k) + 5, 2, 8))
-    _assert_all_within_budget(tensors, torch.float32, impl, _packed(lengths_q, lengths_k), **_flags(kind, 7))
+    options = {**_flags(kind, 7), "dropout_p": dropout_p, "dropout_seed": 9}
+    _assert_all_within_budget(tensors, torch.float32, impl, _packed(lengths_q, lengths_k), **options)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80])

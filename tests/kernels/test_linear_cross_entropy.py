@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from antlm_fast.kernels.linear_cross_entropy import labelled, linear_cross_entropy, torch_impl
 from antlm_fast.testing.budget import assert_within_budget
@@ -46,7 +47,7 @@ def _inputs(rows: int = 13, hidden_size: int = 12, vocab: int = 17, labels: str 
 
 
 def test_by_hand(impl: str) -> None:
-    # hidden 1, weights (0, ln 3): p = (1/4, 3/4), lse = ln 4. Targets 0 and 1: nll ln 4 and ln 4/3; the third is ignored
+    # hidden 1, weights (0, ln 3): p = (1/4, 3/4), lse = ln 4. Targets 0 and 1: nll ln 4 and ln 4/3; one is ignored
     hidden, targets = torch.ones(3, 1, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, IGNORED])
     weight = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64, requires_grad=True)
     losses, lse = linear_cross_entropy(hidden, weight, targets, reduction="none", return_lse=True, impl=impl)
@@ -262,6 +263,29 @@ def test_gradients_go_where_they_are_wanted(impl: str, reduction: str) -> None:
         plain = linear_cross_entropy(**leaves, targets=inputs["targets"], reduction=reduction, impl=impl)
     assert torch.equal(plain, loss)
     assert not plain.requires_grad
+
+
+class _LargestResult(TorchDispatchMode):
+    """The most elements that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_logits_never_all_exist(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
+    """600 rows by 4096 words; in 1 MiB there is room for 64 rows of float32 logits."""
+    monkeypatch.setattr(torch_impl, "CHUNK_WORKSPACE_MIB", 1)
+    hidden, weight = torch.randn(600, 4, requires_grad=True), torch.randn(4096, 4, requires_grad=True)
+    with _LargestResult() as largest:
+        loss = linear_cross_entropy(hidden, weight, torch.arange(600), reduction=reduction, impl="torch")
+        torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert largest.elements == 64 * 4096
 
 
 def test_labelled_rows_by_hand() -> None:

@@ -77,7 +77,7 @@ def test_span_tokens_share_their_fate():
     # 60 short draws: within a run of neighbours of one span, all are masks, all random or all kept
     runs = []
     for seed in range(60):
-        ids, hidden, selected = masked("span", seed=seed, rate=0.05)
+        _ids, hidden, selected = masked("span", seed=seed, rate=0.05)
         for run in np.split(selected, np.flatnonzero(np.diff(selected) > 1) + 1):
             runs.append((len(run), len(set((hidden[run] == VOCABULARY.mask_id).tolist()))))
     lengths = np.array([length for length, _ in runs])
