@@ -27,7 +27,7 @@ def test_scale_stands_in_where_the_exact_result_is_zero() -> None:
     zero, eps = torch.zeros(2, dtype=torch.float64), torch.finfo(torch.float32).eps
     actual = torch.full((2,), eps)
     assert_within_budget("x", actual, zero, zero.float(), scale=1.0)
-    with pytest.raises(AssertionError, match="exceeds budget 0.00e"):
+    with pytest.raises(AssertionError, match=r"exceeds budget 0\.00e"):
         assert_within_budget("x", actual, zero, zero.float())
 
 
@@ -47,5 +47,5 @@ def test_infinities_must_stand_where_they_belong() -> None:
 
 
 def test_shapes_must_agree() -> None:
-    with pytest.raises(AssertionError, match=r"x: shapes of actual, exact and eager differ: \(2,\), \(3,\), \(3,\)"):
+    with pytest.raises(AssertionError, match=r"^x: shapes differ: \(2,\), \(3,\), \(3,\)$"):
         assert_within_budget("x", EAGER[:2], EXACT, EAGER)

@@ -95,7 +95,12 @@ def test_in_a_causal_sequence_no_logit_depends_on_a_later_token(impl):
 def test_the_gradient_of_an_early_loss_never_reaches_a_later_token():
     made, ids = model(dtype=torch.float64), tokens(1, 16)
     embedded = []
-    made.model.embed_tokens.register_forward_hook(lambda _, __, out: None)
+
+    def keep(_module, _inputs, out):
+        out.retain_grad()
+        embedded.append(out)
+
+    made.model.embed_tokens.register_forward_hook(keep)
     made(ids, causal=True)[0, 6].logsumexp(-1).backward()
     reach = embedded[0].grad.abs().amax(-1)
     assert (reach[:7] > 0).all()

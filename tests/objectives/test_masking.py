@@ -78,8 +78,8 @@ def test_span_tokens_share_their_fate():
     runs = []
     for seed in range(60):
         _ids, hidden, selected = masked("span", seed=seed, rate=0.05)
-        for run in np.split(selected, np.flatnonzero(np.diff(selected) > 1) + 1):
-            runs.append((len(run), len(set((hidden[run] == VOCABULARY.mask_id).tolist()))))
+        neighbours = np.split(selected, np.flatnonzero(np.diff(selected) > 1) + 1)
+        runs += [(len(run), len(set((hidden[run] == VOCABULARY.mask_id).tolist()))) for run in neighbours]
     lengths = np.array([length for length, _ in runs])
     assert 1.8 < lengths.mean() < 3.6  # Geometric(1/3) mod 10, cut where spans meet
     mixed = np.mean([kinds > 1 for length, kinds in runs if length > 1])

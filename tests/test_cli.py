@@ -1,0 +1,252 @@
+"""The command line as a user meets it: the main way through, and one clear line for every mistake."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from antlm_fast.cli import main
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "model.hidden_size=32",
+    "model.intermediate_size=32",
+    "model.num_hidden_layers=1",
+    "model.num_attention_heads=2",
+    "tokenizer.vocab_size=400",
+    "schedule=6s_CLM+6s_MLM",
+    "evaluation.every_steps=6",
+    "evaluation.validation_rows=8",
+    "data.builtin_words=4000",
+    "lr_schedule.warmup_steps=2",
+]
+
+
+def settings(*more):
+    return [word for setting in (*SMALL, *more) for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "demo"
+    arguments = ["train", "--recipe", "demo", "--output", str(folder)]
+    assert main([*arguments, *settings("evaluation.minimal_pairs=none")]) == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """Runs a command that must fail with one line on stderr, and returns the line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("antlm-fast: ")
+    assert "Traceback" not in last
+    return last
+
+
+def train_fails(capsys, tmp_path, *arguments):
+    return fails(capsys, "train", "--output", tmp_path / "never", *arguments)
+
+
+def test_a_run_folder_holds_what_the_readme_says(run):
+    names = {path.name for path in run.iterdir()}
+    expected = {"config.json", "tokenizer.json", "metrics.jsonl", "throughput.jsonl", "checkpoints", "model"}
+    assert expected | {"README.md", "report.html", "loss.png"} <= names
+    assert {path.name for path in (run / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((run / "config.json").read_text())
+    assert (
+        config["config"]["model"]["vocab_size"] == json.loads((run / "model" / "config.json").read_text())["vocab_size"]
+    )
+    assert config["data"]["train"]["num_tokens"] > 4000
+    assert len(config["data"]["train"]["fingerprint"]) == 64
+    assert {"torch", "python", "threads"} <= set(config["versions"])
+
+
+def test_eval_scores_pairs_and_text(run, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [
+        {"sentence_good": f"The boy sees {n} dogs.", "sentence_bad": f"The boy see {n} dogs.", "UID": "a"}
+        for n in range(5)
+    ]
+    pairs.write_text("\n".join(json.dumps(line) for line in lines))
+    text = tmp_path / "held.txt"
+    text.write_text("The boy sees the dog.\n\nThe girls run.\n")
+    output = tmp_path / "numbers.json"
+    arguments = ["--pairs", pairs, "--text", text, "--read-out", "causal", "--read-out", "mntp", "--output", output]
+    assert main(["eval", str(run), *map(str, arguments)]) == 0
+    numbers = json.loads(output.read_text())
+    assert numbers["minimal_pairs"]["num_pairs"] == 5
+    assert set(numbers["minimal_pairs"]["read_outs"]) == {"causal", "mntp"}
+    assert set(numbers["text"]["objectives"]) == {"CLM", "MLM"}
+    assert numbers["text"]["objectives"]["CLM"]["perplexity"] > 1
+    assert "overall" in capsys.readouterr().out
+
+
+def test_generate_and_fill_speak(run, capsys):
+    assert main(["generate", str(run), "--prompt", "The boy", "--max-new-tokens", "8"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("The boy")
+    assert main(["generate", str(run), "--prompt", "The boy", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == first  # the seed decides
+    assert main(["fill", str(run), "The <mask> sees the <mask>.", "--top-k", "3"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert [answer.split(":")[0] for answer in answers] == ["mask 1", "mask 2"]
+    assert len(answers[0].split(": ")[1].split("  ")) == 3
+
+
+def test_recipes_and_doctor_tell_what_there_is(capsys):
+    assert main(["recipes", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == [
+        "demo",
+        "babyllama",
+        "babyllama-mlm",
+        "antlm-babyllama",
+        "antlm-babyllama-8-8-8",
+    ]
+    assert "4_CLM+16_MLM+4_CLM" in listed
+    assert main(["recipes", "show", "antlm-babyllama"]) == 0
+    shown = capsys.readouterr().out
+    assert "arXiv 2412.03275" in shown
+    assert "optimizer.lr=0.00025" in shown
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "this version has no triton implementation of attention" in told
+    assert "torch      serves, and auto takes it" in told
+
+
+def test_a_run_that_exists_is_never_overwritten(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    arguments = ["train", "--recipe", "demo", *settings("evaluation.minimal_pairs=none"), "--output", run]
+    assert "holds a run already; resume it, or choose another --output" in fails(capsys, *arguments)
+    changed = fails(capsys, *arguments, "--set", "optimizer.lr=5e-3", "--resume")
+    assert "optimizer.lr must stay what the run" in changed
+    assert "got 0.005" in changed
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_can_be_resumed_by_its_folder_alone(run):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "--resume", "--output", str(run)]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_data_that_changed_under_a_run_is_noticed(cache, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The boy sees the dog.\n\n" * 400)
+    folder = tmp_path / "run"
+    data = ["--data", text, "--set", "data.validation_share=0.1", "--set", "data.row_tokens=16"]
+    arguments = ["train", "--recipe", "antlm-babyllama", *settings(), *data, "--output", folder]
+    assert main([str(argument) for argument in arguments]) == 0
+    text.write_text("The girl sees the dog.\n\n" * 400)
+    assert "data must be what the run" in fails(capsys, *arguments, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "missing.txt"),
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", b"na\xefve caf\xe9\n", "latin.txt"),
+        ("bad.jsonl", b'{"text": "a good line"}\n{"text": \n', "bad.jsonl"),
+        ("keyless.jsonl", b'{"content": "x"}\n', "keyless.jsonl"),
+        ("cut.txt.gz", gzip.compress(b"words and words " * 500)[:-9], "cut.txt.gz"),
+        ("tiny.txt", b"One.\n\nTwo.\n\nThree.\n", "row_tokens must be at most the"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_nothing_behind(cache, tmp_path, capsys, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    data = ["--data", path, "--set", "data.validation_share=0.4"]
+    line = train_fails(capsys, tmp_path, "--recipe", "antlm-babyllama", *data)
+    assert message in line
+    if name == "bad.jsonl":
+        assert ":2" in line or "line 2" in line
+    if name == "latin.txt":
+        assert "UTF-8" in line
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "demmo"], "recipe must be a known name; got 'demmo', the nearest are demo"),
+        (["--recipe", "demo", "--set", "optimizer.lrr=1"], "setting 'optimizer.lrr' must be a known name"),
+        (["--recipe", "demo", "--set", "epochs=5"], "epochs must equal the sum of the schedule; got epochs 5"),
+        (["--recipe", "demo", "--set", "schedule=4_CML"], "got 'CML' in '4_CML'"),
+        (["--recipe", "antlm-babyllama"], "data.train must be given (--data PATH"),
+        (["--recipe", "demo", "--config", "x.toml"], "one at a time; got both"),
+        (["--config", "nothing.toml"], "config file nothing.toml does not exist"),
+        ([], "--recipe or --config must be given"),
+        (["--recipe", "demo", "--set", "device=cuda:9"], "device must be one that torch can use"),
+        (["--recipe", "demo", "--set", "tokenizer.path=none.json"], "none.json"),
+    ],
+)
+def test_bad_arguments_are_one_line(cache, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert message in train_fails(capsys, tmp_path, *arguments)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_folder_without_a_model_says_so(tmp_path, capsys):
+    assert "no model in" in fails(capsys, "generate", tmp_path)
+    assert "--pairs or --text must be given" in fails(capsys, "eval", tmp_path)
+
+
+def test_a_vocabulary_that_does_not_match_the_model_is_named(run, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(run / "model", folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["added_tokens"].append(document["added_tokens"][0] | {"id": 10**4, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    line = fails(capsys, "generate", folder)
+    assert "tokenizer.json must have the model's vocabulary of" in line
+
+
+def test_malformed_pairs_name_their_line(run, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n{oops}\n')
+    line = fails(capsys, "eval", run, "--pairs", pairs)
+    assert "pairs.jsonl" in line
+    assert "2" in line.split("pairs.jsonl")[1]
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m antlm_fast.cli recipes show demo | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("def demo()")
+    assert done.stderr == ""
+
+
+def test_plain_lines_where_there_is_no_terminal(cache, tmp_path):
+    command = [sys.executable, "-m", "antlm_fast.cli", "train", "--recipe", "demo", "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, *settings("evaluation.minimal_pairs=none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert "phase 1/2 6s_CLM begins at step 0" in done.stderr
+    assert "validation CLM" in done.stderr
+    assert "\r" not in done.stderr

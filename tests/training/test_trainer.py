@@ -1,0 +1,242 @@
+"""The training loop: what each setting does to the weights, and that failures lose nothing."""
+
+import errno
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from antlm_fast.data.corpus import DataConfig
+from antlm_fast.data.rows import Rows
+from antlm_fast.data.token_store import TokenStore
+from antlm_fast.models import BabyLlama, BabyLlamaConfig
+from antlm_fast.objectives import MaskingConfig
+from antlm_fast.training import trainer as trainer_module
+from antlm_fast.training.config import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    LossConfig,
+    TrainConfig,
+)
+from antlm_fast.training.lr_schedule import LrScheduleConfig
+from antlm_fast.training.optimizer import OptimizerConfig
+from antlm_fast.training.trainer import Trainer
+from antlm_fast.types import InputError, Vocabulary
+
+SIZE = 60
+VOCABULARY = Vocabulary(size=SIZE, mask_id=3, special_ids=(0, 1, 2, 3), word_start=np.ones(SIZE, dtype=bool))
+CONFIG = TrainConfig(
+    name="test",
+    data=DataConfig(row_tokens=12),
+    schedule="6s_CLM+6s_MLM",
+    precision="float32",
+    device="cpu",
+    model=BabyLlamaConfig(
+        vocab_size=SIZE,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    ),
+    batch=BatchConfig(rows_per_step=8),
+    optimizer=OptimizerConfig(lr=1e-2),
+    lr_schedule=LrScheduleConfig(warmup_steps=2),
+    evaluation=EvaluationConfig(every_steps=4, validation_rows=4),
+    checkpoint=CheckpointConfig(every_steps=4),
+    logging=LoggingConfig(every_steps=3),
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Sixty documents of counting: the next token can be learnt, and so can a hidden one."""
+    documents = [[1, *((4 + start + np.arange(11)) % 50 + 5).tolist(), 2] for start in range(60)]
+    return TokenStore.write(
+        documents,
+        tmp_path_factory.mktemp("store") / "tokens",
+        vocab_size=SIZE,
+        fingerprint="f",
+        tokenizer_fingerprint="t",
+        source="test",
+    )
+
+
+def make(store, folder, **changes):
+    config = replace(CONFIG, **changes)
+    torch.manual_seed(config.seed)
+    model = BabyLlama(config.model)
+    folder.mkdir(exist_ok=True)
+    rows = [Rows(store, mode="stream", row_tokens=12, seed=config.seed, shuffle=shuffle) for shuffle in (True, False)]
+    return Trainer(config, model, VOCABULARY, *rows, folder)
+
+
+def train(store, folder, *, resume=False, **changes):
+    made = make(store, folder, **changes)
+    made.run(resume=resume)
+    return made
+
+
+def weights(made):
+    return torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
+
+
+def records(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def plain(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return train(store, folder), folder
+
+
+def test_the_same_config_gives_the_same_bits(store, plain, tmp_path):
+    made, folder = plain
+    again = train(store, tmp_path / "again")
+    assert torch.equal(weights(made), weights(again))
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "again" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"schedule": "6s_CLM+6s_MNTP"},
+        {"schedule": "6s_CLM+6s_MLM@causal"},
+        {"schedule": "6s_CLM+6s_MIX(0.5)"},
+        {"schedule": "6s_CLM@full+6s_MLM"},
+        {"precision": "bfloat16"},
+        {"masking": MaskingConfig(strategy="span")},
+        {"masking": MaskingConfig(strategy="span-uniform")},
+        {"masking": MaskingConfig(rate=0.3)},
+        {"masking": MaskingConfig(final_rate=0.5)},
+        {"masking": MaskingConfig(mask_share=0.5)},
+        {"masking": MaskingConfig(random_share=0.2)},
+        {"batch": BatchConfig(rows_per_step=7)},
+        {"loss": LossConfig(z_loss=0.1)},
+        {"loss": LossConfig(label_smoothing=0.1)},
+        {"optimizer": OptimizerConfig(lr=2e-2)},
+        {"optimizer": OptimizerConfig(lr=1e-2, beta1=0.8)},
+        {"optimizer": OptimizerConfig(lr=1e-2, beta2=0.9)},
+        {"optimizer": OptimizerConfig(lr=1e-2, eps=1e-2)},
+        {"optimizer": OptimizerConfig(lr=1e-2, weight_decay=0.5)},
+        {"optimizer": OptimizerConfig(lr=1e-2, clip_norm=0.01)},
+        {"optimizer": OptimizerConfig(lr=1e-2, reset_on_switch=True)},
+        {"lr_schedule": LrScheduleConfig(warmup_steps=5)},
+        {"lr_schedule": LrScheduleConfig(warmup_steps=2, span="phase")},
+        {"lr_schedule": LrScheduleConfig(warmup_steps=2, final_share=0.5)},
+    ],
+    ids=str,
+)
+def test_every_setting_reaches_the_weights(store, plain, tmp_path, changes):
+    changed = train(store, tmp_path / "changed", **changes)
+    assert torch.isfinite(weights(changed)).all()
+    assert not torch.equal(weights(plain[0]), weights(changed))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation": EvaluationConfig(every_steps=1, validation_rows=2)},
+        {"checkpoint": CheckpointConfig(every_steps=1, keep=1)},
+        {"logging": LoggingConfig(every_steps=1)},
+    ],
+    ids=str,
+)
+def test_watching_a_run_does_not_change_it(store, plain, tmp_path, changes):
+    assert torch.equal(weights(plain[0]), weights(train(store, tmp_path / "watched", **changes)))
+
+
+def test_accumulated_micro_batches_add_up_to_the_step(store, tmp_path):
+    """In one CLM step nothing is random: the gradient of 8 rows is that of 3 + 3 + 2 rows, however labels fall."""
+    gradients = []
+    for micro in (None, 3):
+        made = make(store, tmp_path / f"micro_{micro}", batch=BatchConfig(rows_per_step=8, rows_per_micro_batch=micro))
+        made.model.double()
+        made._step(0)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_both_losses_fall_in_their_phases(store, tmp_path):
+    folder = tmp_path / "long"
+    train(store, folder, schedule="60s_CLM+120s_MLM", evaluation=EvaluationConfig(every_steps=60, validation_rows=8))
+    start, after_clm, *_, end = [record["loss"] for record in records(folder, "validation")]
+    assert start["CLM"] == pytest.approx(math.log(SIZE), abs=0.3)
+    assert after_clm["CLM"] < start["CLM"] - 0.8
+    assert end["MLM"] < after_clm["MLM"] - 0.8
+
+
+def test_metrics_tell_phase_rate_and_tokens(plain):
+    _, folder = plain
+    lines = records(folder, "train")
+    assert [(line["step"], line["phase"]) for line in lines] == [(3, 0), (6, 0), (9, 1), (12, 1)]
+    assert [line["mask_rate"] for line in lines] == [None, None, 0.15, 0.15]
+    assert [line["tokens"] for line in lines] == [3 * 8 * 12, 6 * 8 * 12, 9 * 8 * 12 - 7 * 12, 12 * 8 * 12 - 7 * 12]
+    assert [list(line["loss"]) for line in lines] == [["CLM"], ["CLM"], ["MLM"], ["MLM"]]
+    validations = records(folder, "validation")
+    assert [line["step"] for line in validations] == [0, 4, 6, 8, 12]
+    assert all(set(line["loss"]) == {"CLM", "MLM"} for line in validations)
+    assert records(folder, "run")[0]["phases"][1] == {
+        "name": "6s_MLM",
+        "objective": "MLM",
+        "first_step": 6,
+        "end_step": 12,
+    }
+
+
+def test_a_mix_reports_each_objective_and_mntp_is_validated_too(store, tmp_path):
+    train(store, tmp_path / "mix", schedule="12s_MIX(0.5,MNTP)")
+    assert all(set(line["loss"]) == {"CLM", "MNTP"} for line in records(tmp_path / "mix", "train"))
+    assert set(records(tmp_path / "mix", "validation")[-1]["loss"]) == {"CLM", "MLM", "MNTP"}
+
+
+def test_a_length_that_does_not_fit_the_schedule_is_refused(store, tmp_path):
+    with pytest.raises(InputError, match="steps must equal the sum of the schedule; got steps 12"):
+        make(store, tmp_path / "wrong", schedule="1_CLM+2s_MLM", steps=12)
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run(store, tmp_path):
+    made = make(store, tmp_path / "diverged")
+    with torch.no_grad():
+        made.model.lm_head.weight.fill_(math.inf)
+    with pytest.raises(InputError, match="training diverged at step 0: the gradient's norm is nan"):
+        made._step(0)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(store, plain, tmp_path, monkeypatch):
+    folder = tmp_path / "full"
+    write, written = trainer_module.save_checkpoint, []
+
+    def disk_fills_up(*arguments, **keywords):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        written.append(write(*arguments, **keywords))
+        return written[-1]
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", disk_fills_up)
+    with pytest.raises(InputError, match=r"No space left on device.*step_00000004 is intact: make room, then resume"):
+        train(store, folder)
+    monkeypatch.setattr(trainer_module, "save_checkpoint", write)
+    resumed = train(store, folder, resume=True)
+    assert torch.equal(weights(plain[0]), weights(resumed))
+    assert (folder / "metrics.jsonl").read_bytes() == (plain[1] / "metrics.jsonl").read_bytes()
+
+
+def test_tensorboard_is_written_when_asked_for(store, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(store, tmp_path / "board", logging=LoggingConfig(every_steps=3, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("validation/loss_CLM")}
+    expected = {line["step"]: line["loss"]["CLM"] for line in records(tmp_path / "board", "validation")}
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert {"lr", "grad_norm", "mask_rate", "train/loss_MLM"} <= set(events.Tags()["scalars"])
