@@ -24,7 +24,7 @@ demo: $(VENV)/train.installed
 	$(BIN)/antlm-fast train --recipe demo --output runs/demo --resume
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a worker a core: more threads would fight for it
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -7,10 +7,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -142,7 +143,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{label}{middle * 1e3:11.2f}{spread:>22}{rate:>18}{compared:>12}"
 
 
-def environment() -> dict[str, str | int | list[float] | None]:
+def environment() -> dict[str, Any]:
     """What the figures depend on, and nothing that names the machine or its folders."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -157,6 +158,12 @@ def environment() -> dict[str, str | int | list[float] | None]:
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def shared(surroundings: Mapping[str, Any]) -> bool:
+    """Whether the cores had too much to do already, for as many threads as are ours, when the run began."""
+    load = surroundings["load_average"]
+    return load is not None and load[0] + surroundings["threads"] > surroundings["cores"] + 0.5
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:

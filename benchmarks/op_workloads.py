@@ -96,13 +96,10 @@ def cross_entropy_suite(sizes: Sizes) -> Iterator[list[Row]]:
             ways: dict[str, Function] = {
                 "antlm_fast torch": functools.partial(linear_cross_entropy, targets=targets, impl="torch"),
                 "logits of all rows": functools.partial(_full_logits, targets=targets),
-                "torch, chunked": functools.partial(_torch_chunked, targets=targets),
+                "torch chunked, labelled rows": functools.partial(_of_labelled_rows, _torch_chunked, targets=targets),
             }
             if share < 1.0:
                 ways["logits of labelled rows"] = functools.partial(_of_labelled_rows, _full_logits, targets=targets)
-                ways["torch, chunked, labelled rows"] = functools.partial(
-                    _of_labelled_rows, _torch_chunked, targets=targets
-                )
             providers += [
                 Provider(
                     case=f"{share:.0%} labelled",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import op_workloads
 import step_workloads
-from harness import Row, as_json, environment, table
+from harness import Row, as_json, environment, shared, table
 from sizes import SIZES, Sizes
 
 SUITES: dict[str, Callable[[Sizes], Iterator[list[Row]]]] = {
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     surroundings = environment()
     for name, value in surroundings.items():
         print(f"{name:14}{value}")
+    if shared(surroundings):
+        print("\nOther work shares the cores: of these figures only ratios mean something, and with more threads than")
+        print("free cores not even those, for torch then waits at every parallel region (set OMP_NUM_THREADS).")
     rows: list[Row] = []
     for suite in (op_workloads.peak, *(SUITES[name] for name in arguments.suite)):
         for measured in suite(SIZES[arguments.sizes]):

@@ -39,14 +39,14 @@ class Sizes:
 SIZES = {
     "full": Sizes(
         rounds=9,
-        step_rounds=5,
+        step_rounds=3,
         gemm_side=2048,
         attention=((16, 8, 128, 64), (4, 8, 512, 64), (16, 6, 128, 64)),
         cross_entropy=(2048, 512, 16001),
         model=BabyLlamaConfig(vocab_size=16001),  # BabyLlama-58M and its mask token
         batches=((16, 128), (4, 512)),
-        flips=8,
-        phase_steps=4,
+        flips=6,
+        phase_steps=3,
     ),
     "quick": Sizes(
         rounds=3,

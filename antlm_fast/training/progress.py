@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, total_steps: int, step: int) -> None:
         self._total_steps = total_steps
-        self._validation = ""
+        self._training = self._validation = ""
         self._phase = ""
         self._begun, self._begun_step = time.monotonic(), step
         self._last_line = self._begun
@@ -40,19 +40,24 @@ class Progress:
             self._bar.update()
 
     def trained(self, step: int, loss: Mapping[str, float], tokens_per_second: float) -> None:
-        shown = f"train {_losses(loss)}  {tokens_per_second:,.0f} tokens/s"
+        self._training = f"train {_losses(loss)}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{shown}  validation {self._validation}")
+            self._show_losses()
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
-            self._say(f"{self._phase}  {self._place(step)}  {shown}")
+            self._say(f"{self._phase}  {self._place(step)}  {self._training}")
 
     def validated(self, step: int, loss: Mapping[str, float]) -> None:
-        self._validation = _losses(loss)
-        self._say(f"{self._phase}  {self._place(step)}  validation {self._validation}")
+        self._validation = f"validation {_losses(loss)}"
+        self._say(f"{self._phase}  {self._place(step)}  {self._validation}".lstrip())
+        self._show_losses()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _show_losses(self) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._training}  {self._validation}")
 
     def _place(self, step: int) -> str:
         done = step - self._begun_step
