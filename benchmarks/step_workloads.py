@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,15 +117,14 @@ class Field:
 
         values = asdict(self.model.config) | {"num_key_value_heads": self.model.config.kv_heads}
         rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-        config = transformers.LlamaConfig(
-            **values, rope_parameters=rope, attn_implementation=attn_implementation, use_cache=False
-        )
+        values |= {"rope_parameters": rope, "attn_implementation": attn_implementation, "use_cache": False}
+        config = transformers.LlamaConfig(**values)
         model = transformers.LlamaForCausalLM(config)
         model.load_state_dict(self.model.state_dict())
         return Runner(model, _hugging_face_loss)
 
 
-def _our_loss(model: nn.Module, batch: PackedBatch, impl: str = "auto") -> Callable[[], Tensor]:
+def _our_loss(model: Any, batch: PackedBatch, impl: str = "auto") -> Callable[[], Tensor]:
     labelled = sum(batch.num_labelled.values())
     return lambda: torch.stack(list(model.loss_sums(batch, impl=impl).values())).sum() / labelled
 
