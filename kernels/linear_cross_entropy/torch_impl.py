@@ -127,7 +127,8 @@ def _losses(
     bias = None if bias is None else bias.detach().to(loss.compute_dtype)
     losses, lse = (torch.empty(num_rows, dtype=loss.dtype, device=hidden.device) for _ in range(2))
     d_hidden = torch.empty_like(hidden, dtype=loss.compute_dtype) if wanted[0] else None
-    d_weight = torch.zeros_like(weight, dtype=loss.dtype) if wanted[1] else None
+    new_weight = torch.empty_like if num_rows else torch.zeros_like
+    d_weight = new_weight(weight, dtype=loss.dtype) if wanted[1] else None
     d_bias = torch.zeros(vocab_size, dtype=loss.dtype, device=hidden.device) if wanted[2] else None
     chunk_rows = max(1, CHUNK_WORKSPACE_MIB * 2**20 // (4 * vocab_size))
     for start in range(0, num_rows, chunk_rows):
@@ -147,11 +148,18 @@ def _losses(
         if d_hidden is not None:
             torch.mm(d_logits, weight, out=d_hidden[chunk])
         if d_weight is not None:
-            if loss.dtype == loss.compute_dtype:
-                d_weight.addmm_(d_logits.t(), x)
-            else:
-                d_weight += d_logits.t() @ x
+            _add_product(d_weight, d_logits.t(), x, first=start == 0)
     return losses, lse, (d_hidden, d_weight, d_bias)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """total += a @ b; the first product is stored instead, so that total need not be cleared."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
 def _log_probabilities(
