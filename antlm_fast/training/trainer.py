@@ -135,9 +135,12 @@ class Trainer:
             phase_ends = done == self.timeline.ends[index]
             evaluates = phase_ends or done % (self.config.evaluation.every_steps or self.timeline.steps_per_epoch) == 0
             saves = done % self.config.checkpoint.every_steps == 0 if self.config.checkpoint.every_steps else evaluates
-            if phase_ends or done % self.config.logging.every_steps == 0:
+            logs = phase_ends or done % self.config.logging.every_steps == 0
+            if logs or saves:
+                self._check_finite(done, grad_norm)
+            if logs:
                 losses = self._take_losses(step)
-                log.write(self._train_record(step, losses, grad_norm))
+                log.write(self._train_record(step, losses, float(grad_norm)))
                 seconds = time.monotonic() - window_begun
                 log.write_throughput(done, window_tokens / seconds, seconds)
                 progress.trained(done, losses, window_tokens / seconds)
@@ -152,8 +155,11 @@ class Trainer:
                 self._save(done, log.num_bytes)
                 window_begun += time.monotonic() - before
 
-    def _step(self, step: int) -> tuple[float, int]:
-        """One optimizer step; returns the gradient's norm before clipping and the number of tokens read."""
+    def _step(self, step: int) -> tuple[Tensor, int]:
+        """One optimizer step; returns the gradient's norm before clipping and the number of tokens read.
+
+        Nothing is read back from the device, so a GPU is never waited for here.
+        """
         config = self.config
         index = self.timeline.index_at(step)
         if config.optimizer.reset_on_switch and step == self.timeline.first_step(index):
@@ -177,14 +183,17 @@ class Trainer:
                 self._loss_sums[objective] = self._loss_sums.get(objective, self._scalar(0.0)) + value.detach()
                 self._loss_counts[objective] = self._loss_counts.get(objective, 0) + batch.num_labelled[objective]
         largest = config.optimizer.clip_norm if config.optimizer.clip_norm is not None else math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
-        if not math.isfinite(grad_norm):
-            raise InputError(
-                f"training diverged at step {step}: the gradient's norm is {grad_norm}; "
-                f"lower optimizer.lr ({config.optimizer.lr}) or raise lr_schedule.warmup_steps"
-            )
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.optimizer.step()
         return grad_norm, sum(batch.num_tokens for batch in batches)
+
+    def _check_finite(self, done: int, grad_norm: Tensor) -> None:
+        """Before anything of these weights is logged or saved: a run that diverged never replaces a checkpoint."""
+        if not math.isfinite(float(grad_norm)):
+            raise InputError(
+                f"training diverged by step {done}: the gradient's norm is {float(grad_norm)}; lower optimizer.lr "
+                f"({self.config.optimizer.lr}) or raise lr_schedule.warmup_steps, and begin again"
+            )
 
     def _train_batches(self, step: int) -> Iterator[PackedBatch]:
         """The micro-batches of a step: a pure function of (config, step)."""

@@ -203,12 +203,20 @@ def test_a_length_that_does_not_fit_the_schedule_is_refused(store, tmp_path):
         make(store, tmp_path / "wrong", schedule="1_CLM+2s_MLM", steps=12)
 
 
-def test_a_loss_that_is_no_longer_finite_stops_the_run(store, tmp_path):
+def test_a_run_that_diverges_stops_before_it_saves(store, tmp_path):
     made = make(store, tmp_path / "diverged")
-    with torch.no_grad():
-        made.model.lm_head.weight.fill_(math.inf)
-    with pytest.raises(InputError, match="training diverged at step 0: the gradient's norm is nan"):
-        made._step(0)
+    step = made._step
+
+    def breaks_at_five(number):
+        if number == 5:
+            with torch.no_grad():
+                made.model.lm_head.weight.fill_(math.inf)
+        return step(number)
+
+    made._step = breaks_at_five
+    with pytest.raises(InputError, match="training diverged by step 6: the gradient's norm is nan; lower optimizer.lr"):
+        made.run(resume=False)
+    assert [path.name for path in made.checkpoints.iterdir()] == ["step_00000004"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(store, plain, tmp_path, monkeypatch):
