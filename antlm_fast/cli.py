@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", type=Path, help="run folder or model folder")
     evaluate.add_argument("--pairs", metavar="PATH", help="JSONL file or folder in BLiMP's form, or builtin")
     evaluate.add_argument("--text", metavar="PATH", help="held-out text: perplexity under each objective")
+    evaluate.add_argument("--text-field", default="text", help="where a JSON line of --text has its text")
     evaluate.add_argument("--read-out", choices=READ_OUTS, action="append", help="may be repeated (causal, masked)")
     evaluate.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     evaluate.add_argument("--device", default="auto")
@@ -150,7 +151,7 @@ def _eval(options: argparse.Namespace) -> None:
         numbers["minimal_pairs"] = score_pairs(model, tokenizer, options.pairs, read_outs, precision)
         print(format_table(numbers["minimal_pairs"]))
     if options.text:
-        numbers["text"] = score_text(model, tokenizer, options.text, precision)
+        numbers["text"] = score_text(model, tokenizer, options.text, precision, text_field=options.text_field)
         print(f"{numbers['text']['num_tokens']:,} tokens of {options.text}")
         for objective, scores in numbers["text"]["objectives"].items():
             print(f"{objective:6}loss {scores['loss']:.4f}  perplexity {scores['perplexity']:.2f}")

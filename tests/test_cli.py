@@ -87,10 +87,23 @@ def test_eval_scores_pairs_and_text(run, tmp_path, capsys):
         for n in range(5)
     ]
     pairs.write_text("\n".join(json.dumps(line) for line in lines))
-    text = tmp_path / "held.txt"
-    text.write_text("The boy sees the dog.\n\nThe girls run.\n")
+    text = tmp_path / "held.jsonl"
+    text.write_text('{"body": "The boy sees the dog."}\n{"body": "The girls run."}\n')
     output = tmp_path / "numbers.json"
-    arguments = ["--pairs", pairs, "--text", text, "--read-out", "causal", "--read-out", "mntp", "--output", output]
+    arguments = [
+        "--pairs",
+        pairs,
+        "--text",
+        text,
+        "--text-field",
+        "body",
+        "--read-out",
+        "causal",
+        "--read-out",
+        "mntp",
+        "--output",
+        output,
+    ]
     assert main(["eval", str(run), *map(str, arguments)]) == 0
     numbers = json.loads(output.read_text())
     assert numbers["minimal_pairs"]["num_pairs"] == 5

@@ -48,19 +48,24 @@ def fixed_batches(
             )
 
 
-def score_text(model: Any, tokenizer: Tokenizer, source: str, precision: str) -> dict[str, Any]:
+def score_text(
+    model: Any, tokenizer: Tokenizer, source: str, precision: str, *, text_field: str = "text"
+) -> dict[str, Any]:
     """Losses and perplexities of all the text of a source, documents packed and kept apart.
 
     Args:
         source: as DataConfig.train.
         precision: "float32" or "bfloat16".
+        text_field: as DataConfig's.
 
     Returns:
         {"source", "num_tokens", "objectives": {"CLM": {"loss", "perplexity"}, "MLM": ...}}; MLM hides 15 % of the
         tokens, each on its own, with masks that are the same at every call.
     """
     row_tokens = min(model.config.max_position_embeddings, 512)
-    config = DataConfig(train=source, validation_share=0.0, row_mode="packed", row_tokens=row_tokens)
+    config = DataConfig(
+        train=source, validation_share=0.0, text_field=text_field, row_mode="packed", row_tokens=row_tokens
+    )
     store = prepare(config, tokenizer, "train")
     rows = Rows(store, mode="packed", row_tokens=row_tokens, seed=0, shuffle=False)
     batches = fixed_batches(
