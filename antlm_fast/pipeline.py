@@ -167,17 +167,12 @@ def _resolved(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 def _trainer(config: TrainConfig, tokenizer: Tokenizer, stores: dict[str, TokenStore], run_folder: Path) -> Trainer:
     torch.manual_seed(config.seed)
     model = BabyLlama(config.model).to(config.device)
-    rows = {
-        split: Rows(
-            store,
-            mode=config.data.row_mode,
-            row_tokens=config.data.row_tokens,
-            seed=config.seed,
-            shuffle=split == "train",
-        )
-        for split, store in stores.items()
-    }
-    return Trainer(config, model, tokenizer.vocabulary, rows["train"], rows["validation"], run_folder)
+    # validation reads the first rows of one epoch: shuffled, they come from all files, and seed 0 keeps them the same
+    rows = [
+        Rows(stores[split], mode=config.data.row_mode, row_tokens=config.data.row_tokens, seed=seed)
+        for split, seed in (("train", config.seed), ("validation", 0))
+    ]
+    return Trainer(config, model, tokenizer.vocabulary, *rows, run_folder)
 
 
 def _finish(config: TrainConfig, model: BabyLlama, tokenizer: Tokenizer, run_folder: Path) -> Path:
