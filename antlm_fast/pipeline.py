@@ -167,12 +167,11 @@ def _resolved(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 def _trainer(config: TrainConfig, tokenizer: Tokenizer, stores: dict[str, TokenStore], run_folder: Path) -> Trainer:
     torch.manual_seed(config.seed)
     model = BabyLlama(config.model).to(config.device)
-    # validation reads the first rows of one epoch: shuffled, they come from all files, and seed 0 keeps them the same
-    rows = [
-        Rows(stores[split], mode=config.data.row_mode, row_tokens=config.data.row_tokens, seed=seed)
-        for split, seed in (("train", config.seed), ("validation", 0))
-    ]
-    return Trainer(config, model, tokenizer.vocabulary, *rows, run_folder)
+    mode, row_tokens = config.data.row_mode, config.data.row_tokens
+    train_rows = Rows(stores["train"], mode=mode, row_tokens=row_tokens, seed=config.seed)
+    # the first rows of a shuffled epoch come from all of the text, and seed 0 keeps them the same in every run
+    validation_rows = Rows(stores["validation"], mode=mode, row_tokens=row_tokens, seed=0)
+    return Trainer(config, model, tokenizer.vocabulary, train_rows, validation_rows, run_folder)
 
 
 def _finish(config: TrainConfig, model: BabyLlama, tokenizer: Tokenizer, run_folder: Path) -> Path:
