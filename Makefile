@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# tools lie in the environment, or beside the python whose torch (and what else it had) is used
+TOOLS = PATH="$(abspath $(BIN)):$$(dirname "$$(command -v $(PYTHON))"):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH ?=
@@ -21,28 +23,28 @@ TYPED := $(VENV)/typed/antlm_fast
 .PHONY: demo test lint clean
 
 demo: $(VENV)/train.installed
-	$(BIN)/antlm-fast train --recipe demo --output runs/demo --resume
+	$(BIN)/python -m antlm_fast.cli train --recipe demo --output runs/demo --resume
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a worker a core: more threads would fight for it
 
 lint: $(VENV)/dev.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(TOOLS) ruff check .
+	$(TOOLS) ruff format --check .
 	rm -rf $(TYPED) && mkdir -p $(TYPED) && ln -s $(CURDIR)/antlm_fast/* $(TYPED)
 	rm $(TYPED)/kernels && ln -s $(CURDIR)/kernels $(TYPED)/kernels
-	cd $(TYPED)/.. && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable $(CURDIR)/$(BIN)/python -p antlm_fast
+	cd $(TYPED)/.. && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p antlm_fast
 
 $(PINNED):
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; got " + sys.version'
-	@if $(PYTHON) -c 'import torch' 2>/dev/null && [ -z "$(TORCH)" ]; then \
-	  echo "torch: the one in $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-	  $(PYTHON) -m venv $(VENV); \
-	  if [ -n "$(TORCH)" ]; then $(PIP) install '$(TORCH)'; \
-	  elif [ "$$(uname -s)" = Darwin ] || nvidia-smi >/dev/null 2>&1; then $(PIP) install torch==2.13.0; \
-	  else $(PIP) install torch==2.13.0+cpu 2>/dev/null || $(PIP) install torch==2.13.0 --index-url $(CPU_INDEX); fi; \
-	fi
+	@$(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH)" ]; then $(PIP) install '$(TORCH)'; \
+	elif $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  home=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'); \
+	  echo "torch: the one in $$home"; \
+	  echo "$$home" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth; \
+	elif [ "$$(uname -s)" = Darwin ] || nvidia-smi >/dev/null 2>&1; then $(PIP) install torch==2.13.0; \
+	else $(PIP) install torch==2.13.0+cpu 2>/dev/null || $(PIP) install torch==2.13.0 --index-url $(CPU_INDEX); fi
 	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $@.part && mv $@.part $@ && cat $@
 
 $(VENV)/train.installed: $(PINNED) pyproject.toml setup.py
