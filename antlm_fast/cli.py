@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        for name in ("prompt", "text", "data"):
+            _check_text(name, getattr(options, name, None))
         options.command(options)
     except InputError as error:
         return _complain(str(error))
@@ -36,9 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
             return _complain(f"this command needs {error.name}: pip install 'antlm_fast[train]'")
         raise
     except KeyboardInterrupt:
-        print("antlm-fast: interrupted; `train --resume` goes on from the newest checkpoint", file=sys.stderr)
+        hint = "; --resume goes on from the newest checkpoint" if options.command is _train else ""
+        print(f"antlm-fast: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_text(name: str, value: object) -> None:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} must be text in the terminal's encoding; got {value!r}") from None
 
 
 def _complain(message: str) -> int:
@@ -110,7 +120,7 @@ def _train(options: argparse.Namespace) -> None:
     if config is None:
         if not (options.resume and options.output):
             raise InputError("--recipe or --config must be given, or --resume with --output; got neither")
-        if options.data or options.set:
+        if options.data is not None or options.set:
             raise InputError("--data and --set must come with --recipe or --config; a resumed run has its own settings")
         run_folder: Path = options.output
     else:
@@ -119,17 +129,24 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig | None:
+    """The recipe's or file's config with --data and --set; of a run that is resumed, its own with what is given."""
+    from antlm_fast.pipeline import stored_config
     from antlm_fast.recipes import get_recipe
     from antlm_fast.training.settings import apply_settings, read_config_file
 
     if options.recipe:
         config = get_recipe(options.recipe)
+        run_folder = options.output or Path("runs") / config.name
+        if options.resume and (run_folder / "config.json").exists():
+            config = stored_config(run_folder)
+            if config.name != options.recipe:
+                raise InputError(f"--recipe must be the run's in {run_folder}, {config.name!r}; got {options.recipe!r}")
     elif options.config:
         config = read_config_file(options.config)
     else:
         return None
     settings = list(options.set)
-    if options.data:
+    if options.data is not None:
         settings.insert(0, f"data.train={options.data}")
     return apply_settings(config, settings)
 
@@ -215,7 +232,7 @@ def _recipes_show(options: argparse.Namespace) -> None:
     from antlm_fast.training.settings import to_dict
 
     config = get_recipe(options.name)
-    print(inspect.getsource(RECIPES[options.name]))
+    print(inspect.getsource(inspect.getmodule(RECIPES[options.name]) or RECIPES[options.name]))
     print("# every setting, for --set NAME=VALUE; model.vocab_size comes from the tokenizer")
     for section, value in to_dict(config).items():
         for name, setting in value.items() if isinstance(value, dict) else [("", value)]:

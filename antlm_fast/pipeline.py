@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from antlm_fast.data.corpus import open_source
+from antlm_fast.data.corpus import DataConfig, open_source
 from antlm_fast.data.prepare import prepare
 from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
@@ -24,11 +25,22 @@ from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
 from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, load_pairs
 from antlm_fast.models import BabyLlama, load_pretrained, save_pretrained
 from antlm_fast.report import write_report
+from antlm_fast.schedule import Schedule
 from antlm_fast.training.config import TrainConfig
+from antlm_fast.training.metrics import check_tensorboard
 from antlm_fast.training.settings import from_dict, to_dict
 from antlm_fast.training.trainer import Trainer
 from antlm_fast.types import InputError
 
+# settings that do not change what a run computes: they may differ when it is resumed
+FREE = (
+    "device",
+    "data.cache_dir",
+    "logging.tensorboard",
+    "checkpoint.",
+    "evaluation.minimal_pairs",
+    "evaluation.read_outs",
+)
 VERSIONED = ("antlm_fast", "torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -56,22 +68,26 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
 
     if begun:
         config, stored_data = _stored_run(run_folder, config)
+        _check_before_training(config)
         tokenizer = Tokenizer.load(run_folder / "tokenizer.json")
     else:
         assert config is not None
-        _say(f"training the tokenizer on {config.data.train}")
+        _check_before_training(config)
+        if config.tokenizer.path is None:
+            _say(f"training the tokenizer on {config.data.train}")
         tokenizer = train_tokenizer(open_source(config.data, "train").documents(), config.tokenizer)
         config = _resolved(config, tokenizer)
         stored_data = None
     stores = {split: prepare(config.data, tokenizer, split) for split in ("train", "validation")}
-    data = {split: _description(store) for split, store in stores.items()}
-    if stored_data is not None and stored_data != data:
-        raise InputError(
-            f"data must be what the run in {run_folder} began with "
-            f"({stored_data['train']['num_tokens']} training tokens, fingerprint "
-            f"{stored_data['train']['fingerprint'][:12]}); got {data['train']['num_tokens']} tokens, "
-            f"{data['train']['fingerprint'][:12]}"
-        )
+    data = {split: _description(store, config.data, split) for split, store in stores.items()}
+    for split, now in data.items():
+        before = now if stored_data is None else stored_data[split]
+        if before["fingerprint"] != now["fingerprint"]:
+            raise InputError(
+                f"data must be what the run in {run_folder} began with; got other {split} text: {now['num_tokens']} "
+                f"tokens, fingerprint {now['fingerprint'][:12]}, instead of {before['num_tokens']}, "
+                f"{before['fingerprint'][:12]}"
+            )
     trainer = _trainer(config, tokenizer, stores, run_folder)
     if not begun:
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +98,9 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {data['train']['num_tokens']:,} training tokens, "
         f"{config.schedule}, {trainer.timeline.total_steps} steps, {config.device} {config.precision}"
     )
-    trainer.run(resume=resume)
-    return _finish(config, trainer.model, tokenizer, run_folder)
+    with _alone(run_folder):
+        trainer.run(resume=resume)
+        return _finish(config, trainer.model, tokenizer, run_folder)
 
 
 def open_model(path: Path) -> tuple[BabyLlama, Tokenizer]:
@@ -178,38 +195,93 @@ def _finish(config: TrainConfig, model: BabyLlama, tokenizer: Tokenizer, run_fol
     """Everything after the last step; done again from the start if it was interrupted."""
     finished, writing = run_folder / "model", run_folder / ".writing_model"
     shutil.rmtree(writing, ignore_errors=True)
-    save_pretrained(model, writing, token_ids=tokenizer.role_ids)
-    tokenizer.save_pretrained_files(writing)
+    try:
+        save_pretrained(model, writing, token_ids=tokenizer.role_ids)
+        tokenizer.save_pretrained_files(writing)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
     shutil.rmtree(finished, ignore_errors=True)
     writing.rename(finished)
-    if config.evaluation.minimal_pairs is not None:
-        results = score_pairs(
-            model, tokenizer, config.evaluation.minimal_pairs, config.evaluation.read_outs, config.precision
-        )
-        _write_json(run_folder / "minimal_pairs.json", results)
-        print(format_table(results))
-    for path in write_report(run_folder):
-        _say(f"wrote {path}")
+    try:
+        if config.evaluation.minimal_pairs is not None:
+            results = score_pairs(
+                model, tokenizer, config.evaluation.minimal_pairs, config.evaluation.read_outs, config.precision
+            )
+            _write_json(run_folder / "minimal_pairs.json", results)
+            print(format_table(results))
+    finally:  # pairs that cannot be scored must not cost the report
+        for path in write_report(run_folder):
+            _say(f"wrote {path}")
     return finished
 
 
+@contextlib.contextmanager
+def _alone(run_folder: Path) -> Iterator[None]:
+    """Two processes in one run folder would cut each other's metrics; the lock goes with the process."""
+    with (run_folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run folder {run_folder} must have one process at a time; another trains in it") from None
+        yield
+
+
+def _check_before_training(config: TrainConfig) -> None:
+    """What would otherwise be refused only when the training is over, or when the run folder is already made."""
+    resolve_device(config.device)
+    if config.evaluation.minimal_pairs is not None:
+        load_pairs(config.evaluation.minimal_pairs)
+    if config.logging.tensorboard:
+        check_tensorboard()
+    for phase in Schedule.parse(config.schedule).phases:
+        if phase.leaks_targets:
+            _say(f"note: phase {phase.name} lets the model see its targets; it is a control, not a training")
+
+
+def stored_config(run_folder: Path) -> TrainConfig:
+    """The config that the run in a folder was begun with."""
+    return _read_run(run_folder)[0]
+
+
 def _stored_run(run_folder: Path, config: TrainConfig | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """The config a run was begun with; a config given beside it must not differ."""
+    """The run's config and data; of a config given beside it, the settings that are free are taken."""
+    stored, data, begun_with = _read_run(run_folder)
+    for name, version in versions().items():
+        if begun_with.get(name, version) != version:
+            _say(
+                f"note: the run began with {name} {begun_with[name]}, now {version}: the result may differ in last bits"
+            )
+    if config is None:
+        return stored, data
+    before = dict(_leaves(to_dict(stored)))
+    for name, value in _leaves(to_dict(config)):
+        derived = name == "model.vocab_size" or value == "auto"
+        if not derived and not name.startswith(FREE) and before[name] != value:
+            raise InputError(
+                f"{name} must stay what the run in {run_folder} began with, {before[name]!r}; got {value!r} "
+                f"(--resume --output {run_folder} alone goes on with its own settings)"
+            )
+    free = replace(config.evaluation, every_steps=stored.evaluation.every_steps)
+    return replace(
+        stored,
+        device=resolve_device(config.device),
+        data=replace(stored.data, cache_dir=config.data.cache_dir),
+        logging=replace(stored.logging, tensorboard=config.logging.tensorboard),
+        checkpoint=config.checkpoint,
+        evaluation=free,
+    ), data
+
+
+def _read_run(run_folder: Path) -> tuple[TrainConfig, dict[str, Any], dict[str, str]]:
     path = run_folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        stored, data = from_dict(document["config"]), document["data"]
+        if not isinstance(document, dict):
+            raise ValueError("it holds no table of settings")
+        return from_dict(document["config"]), document["data"], document["versions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    if config is not None:
-        before, now = dict(_leaves(to_dict(stored))), dict(_leaves(to_dict(config)))
-        for name, value in now.items():
-            derived = name == "model.vocab_size" or value == "auto"
-            if not derived and before[name] != value:
-                raise InputError(
-                    f"{name} must stay what the run in {run_folder} began with, {before[name]!r}; got {value!r}"
-                )
-    return stored, data
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,9 +298,9 @@ def _is_new(run_folder: Path) -> bool:
     return run_folder.is_dir() and all(path.name.startswith(leftovers) for path in run_folder.iterdir())
 
 
-def _description(store: TokenStore) -> dict[str, Any]:
+def _description(store: TokenStore, config: DataConfig, split: str) -> dict[str, Any]:
     return {
-        "source": store.source,
+        "source": str(open_source(config, split)),
         "fingerprint": store.fingerprint,
         "num_tokens": store.num_tokens,
         "num_documents": store.num_documents,

@@ -19,6 +19,8 @@ from typing import Literal, NoReturn
 
 from antlm_fast.types import InputError, Objective
 
+MOST_PHASES = 10_000
+MOST_NESTED = 50
 Visibility = Literal["causal", "full"]
 
 
@@ -159,6 +161,7 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.place = 0
+        self.depth = 0
 
     def schedule(self) -> list[Phase]:
         phases = self.item()
@@ -174,8 +177,14 @@ class _Reader:
         if not self.take(r"\*"):
             return [self.phase(start, count)]
         self.need(r"\(", "'('")
+        self.depth += 1
+        if self.depth > MOST_NESTED:
+            self.fail(f"repeats nested at most {MOST_NESTED} deep", start)
         phases = self.schedule()
         self.need(r"\)", "')' or '+'")
+        self.depth -= 1
+        if len(phases) * count > MOST_PHASES:
+            self.fail(f"at most {MOST_PHASES} phases", start)
         return phases * count
 
     def phase(self, start: int, length: int) -> Phase:

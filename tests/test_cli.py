@@ -1,5 +1,6 @@
 """The command line as a user meets it: the main way through, and one clear line for every mistake."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from antlm_fast.cli import main
 
@@ -139,6 +141,7 @@ def test_recipes_and_doctor_tell_what_there_is(capsys):
     assert main(["recipes", "show", "antlm-babyllama"]) == 0
     shown = capsys.readouterr().out
     assert "arXiv 2412.03275" in shown
+    assert "weight_decay=0.1,  # the same" in shown  # and the recipes it is made from
     assert "optimizer.lr=0.00025" in shown
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
@@ -160,6 +163,71 @@ def test_a_finished_run_can_be_resumed_by_its_folder_alone(run):
     before = (run / "metrics.jsonl").read_bytes()
     assert main(["train", "--resume", "--output", str(run)]) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_its_settings_and_takes_those_that_are_free(run, cache, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    again = ["train", "--recipe", "demo", "--resume", "--output", str(folder)]
+    assert main(again) == 0  # the settings of the first call need not be said again
+    assert main([*again, "--set", "checkpoint.keep=1", "--set", "evaluation.minimal_pairs=none"]) == 0
+    assert "schedule must stay what the run" in fails(capsys, *again, "--set", "schedule=1s_CLM")
+    assert "--recipe must be the run's" in fails(
+        capsys, "train", "--recipe", "babyllama", "--resume", "--output", folder
+    )
+
+
+def test_a_store_made_from_a_copy_of_the_text_serves_the_run(tmp_path, monkeypatch):
+    """The same bytes elsewhere share a store; a run must not be bound to the place its store was first made from."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text("The boy sees the dog.\n\n" * 400)
+    more = ["--set", "data.validation_share=0.1", "--set", "data.row_tokens=16"]
+    for place in ("one", "two"):
+        data = ["--data", str(tmp_path / place / "text.txt"), *more]
+        arguments = [
+            "train",
+            "--recipe",
+            "antlm-babyllama",
+            *settings(),
+            *data,
+            "--output",
+            str(tmp_path / f"run_{place}"),
+        ]
+        assert main(arguments) == 0
+    source = json.loads((tmp_path / "run_two" / "config.json").read_text())["data"]["train"]["source"]
+    assert source.startswith(str(tmp_path / "two"))
+    shutil.rmtree(tmp_path / "cache")
+    assert main(["train", "--resume", "--output", str(tmp_path / "run_two")]) == 0
+
+
+def test_two_processes_never_train_in_one_folder(run, capsys):
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "must have one process at a time" in fails(capsys, "train", "--resume", "--output", run)
+
+
+def test_what_only_the_end_needs_is_checked_at_the_beginning(cache, tmp_path, capsys, monkeypatch):
+    missing = train_fails(capsys, tmp_path, "--recipe", "demo", "--set", "evaluation.minimal_pairs=nothing.jsonl")
+    assert "nothing.jsonl" in missing
+    monkeypatch.setattr("antlm_fast.training.metrics.find_spec", lambda name: None)
+    board = train_fails(capsys, tmp_path, "--recipe", "demo", "--set", "logging.tensorboard=true")
+    assert "pip install tensorboard" in board
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_disk_that_fills_up_with_the_finished_model_is_one_line(run, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("antlm_fast.models.pretrained.save_file", full)
+    assert "No space left on device" in fails(capsys, "train", "--resume", "--output", folder)
+    assert not (folder / ".writing_model").exists()
+    assert (folder / "model" / "model.safetensors").exists()
 
 
 def test_data_that_changed_under_a_run_is_noticed(cache, tmp_path, capsys):
@@ -212,6 +280,14 @@ def test_bad_data_is_one_line_and_leaves_nothing_behind(cache, tmp_path, capsys,
         ([], "--recipe or --config must be given"),
         (["--recipe", "demo", "--set", "device=cuda:9"], "device must be one that torch can use"),
         (["--recipe", "demo", "--set", "tokenizer.path=none.json"], "none.json"),
+        (["--recipe", "demo", "--set", "seed=99999999999999999999"], "seed must be at least 0 and below 2^63"),
+        (["--recipe", "demo", "--set", "seed=" + "9" * 400], "seed must be a"),
+        (
+            ["--recipe", "demo", "--set", "model.initializer_range=-1"],
+            "model.initializer_range must be above 0; got -1.0",
+        ),
+        (["--recipe", "demo", "--data", ""], "data.train must be a text that is not empty"),
+        (["--recipe", "demo", "--data", "\udcff"], "data must be text in the terminal's encoding"),
     ],
 )
 def test_bad_arguments_are_one_line(cache, tmp_path, capsys, monkeypatch, arguments, message):
@@ -237,16 +313,17 @@ def test_a_vocabulary_that_does_not_match_the_model_is_named(run, tmp_path, caps
 
 def test_malformed_pairs_name_their_line(run, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n{oops}\n')
-    line = fails(capsys, "eval", run, "--pairs", pairs)
-    assert "pairs.jsonl" in line
-    assert "2" in line.split("pairs.jsonl")[1]
+    for bad in ("{oops}", '{"sentence_good": "a", "sentence_bad": "\\ud800"}'):
+        pairs.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n' + bad + "\n")
+        line = fails(capsys, "eval", run, "--pairs", pairs)
+        assert "pairs.jsonl" in line
+        assert "2" in line.split("pairs.jsonl")[1]
 
 
 def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m antlm_fast.cli recipes show demo | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("def demo()")
+    assert done.stdout.startswith('"""The demo')
     assert done.stderr == ""
 
 

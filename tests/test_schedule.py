@@ -69,6 +69,8 @@ def test_steps_and_epochs_can_be_mixed():
         ("4_CLM@left", "'causal' or 'full' at character 7; got 'left'"),
         ("3*1_CLM", "'(' at character 3"),
         ("3*(1_CLM", "')' or '+' at character 9"),
+        ("999999999*(1_CLM)", "at most 10000 phases at character 1"),
+        ("1*(" * 60 + "1_CLM" + ")" * 60, "repeats nested at most 50 deep"),
         ("-1_CLM", "a whole number of epochs or steps at character 1; got '-1_CLM'"),
     ],
 )

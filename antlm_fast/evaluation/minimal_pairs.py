@@ -104,6 +104,8 @@ def _pair(record: Any, *, uid: str, field: str) -> MinimalPair:
             raise InputError(f"key {key!r} is missing")
         if not isinstance(record[key], str) or not record[key].strip():
             raise InputError(f"{key} must be a text that is not empty; got {json.dumps(record[key])[:60]}")
+        if any("\ud800" <= sign <= "\udfff" for sign in record[key]):
+            raise InputError(f"{key} must be text without lone surrogates; got {json.dumps(record[key])[:60]}")
     return MinimalPair(
         sentence_good=record["sentence_good"],
         sentence_bad=record["sentence_bad"],

@@ -65,6 +65,8 @@ def generate(
         raise InputError(f"top_k must be at least 1 or None; got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"top_p must be above 0 and at most 1, or None; got {top_p}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be at least 0 and below 2^63; got {seed}")
     banned = _checked_bans(banned_ids, vocab_size)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the draws do not depend on the device
     with _evaluation_mode(model):

@@ -28,7 +28,10 @@ def save_pretrained(model: BabyLlama, folder: Path, *, token_ids: dict[str, int]
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(f"{folder / 'model.safetensors'} could not be written: {error}") from None
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -65,6 +68,8 @@ def read_model_config(path: Path) -> BabyLlamaConfig:
         raise InputError(f"{path} does not exist; a model folder holds config.json and model.safetensors") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a table of settings; got {type(values).__name__}")
     if values.get("model_type") != "llama":
         raise InputError(f"{path}: model_type must be 'llama'; got {values.get('model_type')!r}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}

@@ -19,6 +19,7 @@ from antlm_fast.types import InputError
 
 PREFIX = "step_"
 WRITING = ".writing_"
+DROPPED = ".dropped_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,10 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+    for old in _complete(folder)[:-keep]:  # renamed first: half a folder never counts as a checkpoint
+        old.rename(folder / f"{DROPPED}{old.name}")
+    for dropped in folder.glob(f"{DROPPED}*"):
+        shutil.rmtree(dropped)
     return final
 
 

@@ -41,7 +41,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Additions to the cross-entropy; both 0 in BabyLlama and AntLM.
+    """Additions to the cross-entropy; both 0 in BabyLlama and AntLM. Training losses include them, validation's do not.
 
     Args:
         z_loss: weight of logsumexp^2 per labelled token.
@@ -162,8 +162,8 @@ class TrainConfig:
             schedule.timeline(1, steps=self.steps)
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InputError(f"precision must be 'auto', 'float32' or 'bfloat16'; got {self.precision!r}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0; got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be at least 0 and below 2^63; got {self.seed}")
         if self.data.row_tokens > self.model.max_position_embeddings:
             raise InputError(
                 f"data.row_tokens must be at most model.max_position_embeddings "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,16 @@ class MetricsLog:
             self._board.close()
 
 
-def _tensorboard_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+def check_tensorboard() -> None:
+    """Raises InputError where event files cannot be written."""
+    if find_spec("tensorboard") is None:
         raise InputError(
             "logging.tensorboard must be false where tensorboard is not installed; got true (pip install tensorboard)"
-        ) from None
+        )
+
+
+def _tensorboard_writer(folder: Path, step: int) -> Any:
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step)

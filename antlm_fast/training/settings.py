@@ -164,7 +164,7 @@ def _parse(text: str, hint: Any, name: str) -> Any:
     elif hint is str:
         return str(text)
     else:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = hint(text)
             if math.isfinite(value):
                 return value

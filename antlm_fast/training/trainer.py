@@ -192,7 +192,7 @@ class Trainer:
         if not math.isfinite(float(grad_norm)):
             raise InputError(
                 f"training diverged by step {done}: the gradient's norm is {float(grad_norm)}; lower optimizer.lr "
-                f"({self.config.optimizer.lr}) or raise lr_schedule.warmup_steps, and begin again"
+                f"({self.config.optimizer.lr}) or raise lr_schedule.warmup_steps, and begin in another --output"
             )
 
     def _train_batches(self, step: int) -> Iterator[PackedBatch]:
