@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from antlm_fast.types import InputError
+from antlm_fast.types import InputError, Objective
 
 if TYPE_CHECKING:
     from antlm_fast.training.config import TrainConfig
@@ -163,12 +163,19 @@ def _eval(options: argparse.Namespace) -> None:
     model, tokenizer = open_model(options.model)
     model.to(device)
     numbers: dict[str, Any] = {}
+    read_outs = tuple(options.read_out or READ_OUTS[:2])
     if options.pairs:
-        read_outs = tuple(options.read_out or READ_OUTS[:2])
         numbers["minimal_pairs"] = score_pairs(model, tokenizer, options.pairs, read_outs, precision)
         print(format_table(numbers["minimal_pairs"]))
     if options.text:
-        numbers["text"] = score_text(model, tokenizer, options.text, precision, text_field=options.text_field)
+        numbers["text"] = score_text(
+            model,
+            tokenizer,
+            options.text,
+            precision,
+            text_field=options.text_field,
+            masked=[Objective.MLM, *([Objective.MNTP] if "mntp" in read_outs else [])],
+        )
         print(f"{numbers['text']['num_tokens']:,} tokens of {options.text}")
         for objective, scores in numbers["text"]["objectives"].items():
             print(f"{objective:6}loss {scores['loss']:.4f}  perplexity {scores['perplexity']:.2f}")

@@ -110,7 +110,7 @@ def test_eval_scores_pairs_and_text(run, tmp_path, capsys):
     numbers = json.loads(output.read_text())
     assert numbers["minimal_pairs"]["num_pairs"] == 5
     assert set(numbers["minimal_pairs"]["read_outs"]) == {"causal", "mntp"}
-    assert set(numbers["text"]["objectives"]) == {"CLM", "MLM"}
+    assert set(numbers["text"]["objectives"]) == {"CLM", "MLM", "MNTP"}
     assert numbers["text"]["objectives"]["CLM"]["perplexity"] > 1
     assert "overall" in capsys.readouterr().out
 

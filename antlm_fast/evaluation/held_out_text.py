@@ -49,7 +49,13 @@ def fixed_batches(
 
 
 def score_text(
-    model: Any, tokenizer: Tokenizer, source: str, precision: str, *, text_field: str = "text"
+    model: Any,
+    tokenizer: Tokenizer,
+    source: str,
+    precision: str,
+    *,
+    text_field: str = "text",
+    masked: Iterable[Objective] = (Objective.MLM,),
 ) -> dict[str, Any]:
     """Losses and perplexities of all the text of a source, documents packed and kept apart.
 
@@ -57,6 +63,7 @@ def score_text(
         source: as DataConfig.train.
         precision: "float32" or "bfloat16".
         text_field: as DataConfig's.
+        masked: MLM, MNTP or both, beside CLM.
 
     Returns:
         {"source", "num_tokens", "objectives": {"CLM": {"loss", "perplexity"}, "MLM": ...}}; MLM hides 15 % of the
@@ -72,7 +79,7 @@ def score_text(
         rows,
         num_rows=rows.rows_per_epoch,
         rows_per_batch=max(4096 // row_tokens, 1),
-        masked=[Objective.MLM],
+        masked=masked,
         masking=MaskingConfig(),
         vocabulary=tokenizer.vocabulary,
         seed=0,
