@@ -155,7 +155,7 @@ def _full_logits(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
 def _torch_chunked(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
     """torch's own linear_cross_entropy (torch >= 2.13); without options it is the logits of all rows."""
     if not hasattr(F, "linear_cross_entropy"):
-        raise NotImplementedError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
+        raise RuntimeError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
     return F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
 
 
