@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
 
+import torch
+
 IMPLS = ("auto", "reference", "native", "triton", "torch")
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ def choose(op: str, table: Table[CallT], impl: str, call: CallT) -> Implementati
     if impl == "auto":
         for name, entry in table.items():
             if entry.unsupported_reason(call) is None:
-                _log_choice(op, name, call)
+                if not torch.compiler.is_compiling():  # a log entry would break the graph
+                    _log_choice(op, name, call)
                 return entry
         reasons = "; ".join(f"{row.impl}: {row.reason}" for row in survey(op, table, call))
         raise UnsupportedError(f"{op}(impl='auto'): no implementation serves this call ({reasons})")

@@ -10,6 +10,9 @@ import torch
 from antlm_fast.kernels.attention import reference, torch_impl
 from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tensors, options, visibility
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
+from antlm_fast.kernels.triton_support.availability import unavailable_reason
+
+_MAX_TRITON_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,34 @@ def _serves_everything(call: AttentionCall) -> str | None:
     return None
 
 
+def _triton_unsupported_reason(call: AttentionCall) -> str | None:
+    if call.dtype == torch.float64:
+        return "the Triton kernels compute float16, bfloat16 and float32, not float64"
+    if call.head_dim > _MAX_TRITON_HEAD_DIM:
+        return f"the Triton kernels take a head_dim of at most {_MAX_TRITON_HEAD_DIM}, not {call.head_dim}"
+    return unavailable_reason(call.device_type)
+
+
+def _triton_dense(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from antlm_fast.kernels.attention import triton_impl
+
+    return triton_impl.attention(*args, **options)
+
+
+def _triton_varlen(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from antlm_fast.kernels.attention import triton_impl
+
+    return triton_impl.attention_varlen(*args, **options)
+
+
 # the order is the preference of impl="auto"
 DENSE: Table[AttentionCall] = {
+    "triton": Implementation(_triton_unsupported_reason, _triton_dense),
     "torch": Implementation(_serves_everything, torch_impl.attention),
     "reference": Implementation(_serves_everything, reference.attention),
 }
 VARLEN: Table[AttentionCall] = {
+    "triton": Implementation(_triton_unsupported_reason, _triton_varlen),
     "torch": Implementation(_serves_everything, torch_impl.attention_varlen),
     "reference": Implementation(_serves_everything, reference.attention_varlen),
 }
@@ -204,8 +229,8 @@ def attention_varlen(
         q: (total_q, heads, head_dim); float16, bfloat16, float32 or float64.
         k, v: (total_k, kv_heads, head_dim), of q's dtype; heads is a multiple of kv_heads.
         cu_seqlens_q, cu_seqlens_k: int32 (num_seqs + 1,) on q's device, from 0, never decreasing, at most total_q and
-            total_k. Their values are checked on the CPU; on CUDA, where that would stall the device, they are the
-            caller's duty.
+            total_k. Their values are checked on the CPU; on CUDA, where that would stall the device, and under
+            torch.compile they are the caller's duty.
         max_seqlen_q, max_seqlen_k: at least the longest sequence, in tokens.
         causal: True, False, or a bool tensor () or (num_seqs,) on q's device; exactly one of causal and prefix_len.
         prefix_len: int32 (num_seqs,) on q's device: the first keys of a sequence, which all its queries see.

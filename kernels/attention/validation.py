@@ -48,7 +48,8 @@ def check_cu_seqlens(
             raise TypeError(f"max_seqlen_{side} must be an int; got {type(longest).__name__}")
         if longest < 0:
             raise ValueError(f"max_seqlen_{side} must be at least 0; got {longest}")
-        if cu.device.type == "cpu":
+        # torch.compile cannot trace a choice by a tensor's values
+        if cu.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_starts(name, cu.tolist(), x.shape[0], longest)
     if cu_q.numel() != cu_k.numel():
         raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's length {cu_q.numel()}; got {cu_k.numel()}")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from antlm_fast.kernels.attention import torch_impl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# an implementation's ways that small CPU tensors do not take, forced; "triton small" has small tiles, so that short
+# sequences cross many of their edges
+PLAIN = ("reference", "torch", "torch, all fused", "torch, device plan")
+TRITON = ("triton", "triton small")
+SMALL_TILES = {"delta": (16, 16), "forward": (16, 32), "dq": (32, 16), "dkdv": (16, 32)}
 
 
 @pytest.fixture(autouse=True)
@@ -18,12 +27,28 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "torch", "torch, all fused", "torch, device plan"])
-def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An implementation of attention. The plain-torch one has ways that small CPU tensors do not take: force each."""
+@pytest.fixture(
+    params=TRITON if INTERPRETED else [*PLAIN, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
+)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An implementation of attention, each of its ways.
+
+    Triton's run where TRITON_INTERPRET=1 is set, as `make test` does for a process of their own, and on a GPU.
+    """
     way: str = request.param
     if way == "torch, all fused":
         monkeypatch.setattr(torch_impl, "_MATERIALISED_KIB", 0)
     if way == "torch, device plan":
         monkeypatch.setattr(torch_impl, "_host_may_read", lambda x: False)
-    return way.split(",")[0]
+    if way == "triton small":
+        set_tiles(monkeypatch, SMALL_TILES)
+    with torch.device("cuda" if way in TRITON and not INTERPRETED else "cpu"):
+        yield way.split(",")[0].split()[0]
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: dict[str, tuple[int, int]]) -> None:
+    """Give the Triton kernels tiles of other sizes, by the kernel's name."""
+    from antlm_fast.kernels.attention import triton_impl
+    from antlm_fast.kernels.triton_support.launch import Tile
+
+    monkeypatch.setattr(triton_impl, "tile_for", lambda use, arch, head_dim: Tile(*tiles[use.split()[0]], 4, 1))

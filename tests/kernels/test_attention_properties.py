@@ -14,8 +14,8 @@ LENGTHS = (5, 0, 17, 5, 33)
 
 
 def _inputs(total: int, heads: int = 2, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(total, n, 8, generator=generator) for n in (heads, kv_heads, kv_heads))
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(total, n, 8) for n in (heads, kv_heads, kv_heads))
     return q, k, v
 
 
@@ -172,8 +172,8 @@ def test_a_batch_of_nothing(impl: str, lengths: tuple[int, ...]) -> None:
 
 def test_dropout_is_the_same_in_every_implementation_and_layout(impl: str) -> None:
     """With v the identity a row of the output is the row of dropped probabilities, so the masks can be compared."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, 16, 2, 16, generator=generator) for _ in range(2))
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 16, 2, 16) for _ in range(2))
     v = torch.eye(16)[None, :, None].expand(2, 16, 2, 16)
     options: dict[str, Any] = {"causal": True, "dropout_p": 0.25, "dropout_seed": 2**40 + 17}
     exact = attention(*(x.double() for x in (q, k, v)), **options, impl="reference")
@@ -214,7 +214,7 @@ def test_autocast_changes_nothing(impl: str) -> None:
     inputs = [x[None].requires_grad_() for x in _inputs(20)]
     plain = attention(*inputs, causal=True, impl=impl)
     wanted = torch.autograd.grad(plain.square().sum(), inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
         out = attention(*inputs, causal=True, impl=impl)
         half = attention(*(x.bfloat16() for x in inputs), causal=True, impl=impl)
     assert torch.equal(out, plain)
@@ -232,7 +232,8 @@ def test_gradients_go_where_they_are_wanted(impl: str) -> None:
 
 def test_views_of_one_projection_are_served(impl: str) -> None:
     """q, k and v as slices of one (batch, seqlen, 3, heads, head_dim) tensor, as models make them."""
-    qkv = torch.randn(2, 9, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 3, 2, 8)
     q, k, v = qkv.unbind(2)
     wanted = attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True, impl=impl)
     torch.testing.assert_close(attention(q, k, v, causal=True, impl=impl), wanted)

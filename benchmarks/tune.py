@@ -1,0 +1,188 @@
+"""Choose the tiles of the attention kernels and rewrite kernels/attention/tiles.json.
+
+    python benchmarks/tune.py                     on a GPU: the fastest of the candidates, by time, for that GPU's row
+    python benchmarks/tune.py --without-gpu       by what the compiler says: the first candidate that spills nothing
+    python benchmarks/tune.py --without-gpu --archs sm_90 --head-dims 64
+
+Candidates are in order of preference: large tiles, which read keys and values least often, come first. One that spills,
+or needs more shared memory than the architecture has, is passed over while another is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from antlm_fast.kernels.attention.triton_impl import TILES, offline_launches
+from antlm_fast.kernels.triton_support.launch import Launch, Tile, arch_of
+from antlm_fast.kernels.triton_support.offline import TARGETS
+from benchmarks.sass import resources
+
+KERNELS = ("forward", "delta", "dq", "dkdv")
+KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+HEAD_DIMS = (16, 32, 64, 128, 256)
+SHARED_BYTES = {  # the most that one program may have
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+# block_m, block_n, warps, stages
+_FORWARD_TILES = (
+    (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2),
+    (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
+)  # fmt: skip
+_ROW_TILES = (
+    (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 4, 2),
+    (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
+)  # fmt: skip
+_KEY_TILES = (
+    (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2),
+    (32, 64, 8, 1), (32, 32, 4, 2), (16, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
+)  # fmt: skip
+
+
+def candidates(kernel: str, kind: str, head_dim: int) -> list[Tile]:
+    """The tiles to try, the preferred first. Wide rows of numbers leave less room for many of them."""
+    if kernel == "delta":
+        return [Tile(min(128, 4096 // head_dim), 16, 4, 1)]
+    largest = {"half": 128 * 64, "tf32": 128 * 64, "ieee": 64 * 64}[kind]
+    tiles = [Tile(*tile) for tile in {"forward": _FORWARD_TILES, "dq": _ROW_TILES, "dkdv": _KEY_TILES}[kernel]]
+    return [tile for tile in tiles if tile.block_m * tile.block_n <= largest]
+
+
+def choose_without_gpu(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
+    """The first candidate that fits and spills nothing; where all spill, the one that spills least."""
+    launch = _launch(arch, kind, head_dim, kernel)
+    best, least = None, None
+    for tile in candidates(kernel, kind, head_dim):
+        found = resources(replace(launch, tile=tile).compile_for(TARGETS[arch]))
+        if found["shared_bytes"] > SHARED_BYTES[arch]:
+            continue
+        spilled = found.get("spill_store_bytes", found.get("vgpr_spills"))
+        if least is None or spilled < least:
+            best, least = tile, spilled
+        if not spilled:
+            break
+    if best is None:
+        raise RuntimeError(f"no tile of {kernel} {kind} {head_dim} fits {arch}")
+    return best
+
+
+def choose_by_time(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
+    """The fastest candidate on this machine's GPU: 16 sequences of 1,024 tokens, half causal, half bidirectional."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    launch = _on_device(arch, kind, head_dim, kernel)
+    times = {}
+    for tile in candidates(kernel, kind, head_dim):
+        try:
+            times[tile] = do_bench(lambda tile=tile: launch.launch(tile))
+        except OutOfResources:
+            continue
+    return min(times, key=lambda tile: times[tile])
+
+
+def _launch(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
+    launches = offline_launches(arch, KINDS[kind], head_dim, 8, 8, dropout=False, kind=kind)
+    return launches[KERNELS.index(kernel)]
+
+
+def _on_device(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
+    """The offline launch with real tensors in place of those without memory: 16 sequences of 1,024 tokens."""
+    launch = _launch(arch, kind, head_dim, kernel)
+    seqs, length = 16, 1024
+    starts = torch.arange(seqs + 1, dtype=torch.int32, device="cuda") * length
+    flags = torch.arange(seqs, dtype=torch.int32, device="cuda") % 2 * length
+    arguments = dict(launch.arguments)
+    for name, value in arguments.items():
+        if name.startswith("cu_seqlens"):
+            arguments[name] = starts
+        elif name == "prefix_len_ptr":
+            arguments[name] = flags
+        elif isinstance(value, torch.Tensor):
+            tall = value.dim() == 3
+            shape = (seqs * length, *value.shape[1:]) if tall else (value.shape[0], seqs * length)
+            arguments[name] = torch.randn(shape, dtype=value.dtype, device="cuda")
+    sizes = {"num_seqs": seqs, "total_q": seqs * length, "total_k": seqs * length}
+    sizes |= {"max_seqlen_q": length, "max_seqlen_k": length}
+    arguments |= {name: size for name, size in sizes.items() if name in arguments}
+    heads = arguments["heads"]
+
+    def programs(tile: Tile) -> int:
+        if kernel == "delta":
+            return -(-seqs * length // tile.block_m) * heads
+        return -(-length // (tile.block_n if kernel == "dkdv" else tile.block_m)) * heads * (seqs + 1)
+
+    return replace(launch, arguments=arguments, grid=programs)
+
+
+def _choose(job: tuple[str, str, int, str]) -> tuple[tuple[str, str, int, str], Tile]:
+    return job, choose_without_gpu(*job)
+
+
+def jobs(archs: list[str], kinds: list[str], head_dims: list[int]) -> Iterator[tuple[str, str, int, str]]:
+    for arch in archs:
+        for head_dim in head_dims:
+            yield arch, "half", head_dim, "delta"
+            for kind in kinds:
+                if (arch, kind) != ("gfx942", "tf32"):  # float32 is IEEE there
+                    yield from ((arch, kind, head_dim, kernel) for kernel in KERNELS if kernel != "delta")
+
+
+def write(chosen: dict[tuple[str, str, int, str], Tile], path: Path = TILES) -> None:
+    """Put the chosen tiles into the table, one line for each use."""
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for (arch, kind, head_dim, kernel), tile in chosen.items():
+        use = kernel if kernel == "delta" else f"{kernel} {kind}"
+        table.setdefault(arch, {}).setdefault(use, {})[str(head_dim)] = astuple(tile)
+    rows = []
+    for arch, uses in table.items():
+        lines = (f'    "{use}": {json.dumps(sizes)}' for use, sizes in uses.items())
+        rows.append(f'  "{arch}": {{\n' + ",\n".join(lines) + "\n  }")
+    part = path.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    part.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--without-gpu", action="store_true", help="by registers and spills, for any architecture")
+    parser.add_argument("--archs", nargs="+", choices=list(TARGETS), help="with --without-gpu (all)")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    if not options.without_gpu:
+        if not torch.cuda.is_available():
+            print("tune.py: no CUDA device; --without-gpu chooses by the compiler's report", file=sys.stderr)
+            return 2
+        arch = arch_of(torch.device("cuda"))
+        for job in jobs([arch], options.kinds, options.head_dims):
+            tile = choose_by_time(*job)
+            print(*job, tile, flush=True)
+            write({job: tile})
+        return 0
+    todo = list(jobs(options.archs or list(TARGETS), options.kinds, options.head_dims))
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        for number, (job, tile) in enumerate(pool.map(_choose, todo), 1):
+            print(f"{number}/{len(todo)}", *job, astuple(tile), flush=True)
+            write({job: tile})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

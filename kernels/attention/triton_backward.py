@@ -1,0 +1,402 @@
+"""Fused attention backward: three kernels, no atomics, every sum in a fixed order.
+
+delta_kernel reduces gradient and output to one number a row. dq_kernel walks like the forward. dkdv_kernel holds a tile
+of keys and walks over the query rows that see it, for every query head of its group: first the rows that see a part of
+the tile (and the sequence's last, partial tile), with a mask, then those that see all of it, without one.
+
+With P the probabilities (recomputed from the forward's log-sums), K the kept ones, c = 1 / (1 - dropout_p), and dO the
+upstream gradient: dV = c (K P)^T dO; dP = c K (dO V^T); delta_i = dO_i . O_i; dS = P (dP - delta);
+dQ = scale dS K; dK = scale dS^T Q.
+
+Source: Dao, arXiv 2307.08691, algorithm 2, with dQ in a pass of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from antlm_fast.kernels.attention.triton_visibility import (
+    first_row,
+    is_kept,
+    offset,
+    row_limit,
+    sequence_rows,
+    zero_slack,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "total_q"], do_not_specialize_on_alignment=["delta_ptr"])
+def delta_kernel(
+    out_ptr,  # (total_q, heads, HEAD_DIM), contiguous
+    d_out_ptr,  # as out
+    delta_ptr,  # float32 (heads, total_q)
+    heads,
+    total_q,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % heads
+    rows = program // heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    inside = (rows < total_q)[:, None] & (dims < HEAD_DIM)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * (heads * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
+    out = tl.load(out_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    d_out = tl.load(d_out_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + head.to(tl.int64) * total_q + rows, tl.sum(out * d_out, 1), mask=rows < total_q)
+
+
+@triton.jit
+def _walk_keys(
+    dq,
+    q,
+    d_out,
+    log2_sums,
+    delta,
+    k_ptrs,
+    v_ptrs,
+    stride_kt,
+    stride_vt,
+    limits,
+    first_col,
+    stop_col,
+    len_k,
+    scale_log2,
+    seed,
+    packed_rows,
+    start_k,
+    head,
+    drop_below,
+    inverse_keep,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """dS K of the key tiles [first_col, stop_col) added to dq."""
+    tile_cols = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    for col in tl.range(first_col, stop_col, BLOCK_N):
+        cols = col + tile_cols
+        k_tile, v_tile = k_ptrs + offset(col, stride_kt, WIDE), v_ptrs + offset(col, stride_vt, WIDE)
+        if MASKED:
+            inside = (cols < len_k)[:, None] & (dims < HEAD_DIM)[None, :]
+            k, v = tl.load(k_tile, mask=inside, other=0.0), tl.load(v_tile, mask=inside, other=0.0)
+        elif HEAD_DIM == BLOCK_D:
+            k, v = tl.load(k_tile), tl.load(v_tile)
+        else:
+            inside = (dims < HEAD_DIM)[None, :]
+            k, v = tl.load(k_tile, mask=inside, other=0.0), tl.load(v_tile, mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - log2_sums[:, None])
+        if MASKED:
+            p = tl.where(cols[None, :] < limits[:, None], p, 0.0)
+        dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            kept = is_kept(seed, packed_rows[:, None], start_k + cols[None, :], head, drop_below)
+            dp = tl.where(kept, dp * inverse_keep, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_prefix", "drop_below", "num_seqs", "heads", "group", "total_q", "max_seqlen_q"
+    ],
+    do_not_specialize_on_alignment=[
+        "log2_sums_ptr", "delta_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "prefix_len_ptr", "dropout_seed_ptr"
+    ],
+)  # fmt: skip
+def dq_kernel(
+    q_ptr,  # (total_q, heads, HEAD_DIM), strides (stride_qt, stride_qh, 1)
+    k_ptr,  # (total_k, heads / group, HEAD_DIM)
+    v_ptr,
+    d_out_ptr,  # (total_q, heads, HEAD_DIM), contiguous
+    log2_sums_ptr,  # float32 (heads, total_q), of the forward
+    delta_ptr,  # float32 (heads, total_q)
+    dq_ptr,  # (total_q, heads, HEAD_DIM), contiguous
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    prefix_len_ptr,
+    dropout_seed_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_prefix,
+    softmax_scale,
+    scale_log2,  # softmax_scale * log2(e)
+    drop_below,
+    inverse_keep,  # 1 / (1 - dropout_p)
+    num_seqs,
+    heads,
+    group,
+    total_q,
+    max_seqlen_q,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    # One program for each (sequence, head, tile of rows), as in the forward.
+    num_tiles = tl.maximum(tl.cdiv(max_seqlen_q, BLOCK_M), 1)
+    program = tl.program_id(0)
+    tile = num_tiles - 1 - program % num_tiles
+    head = program // num_tiles % heads
+    seq = program // num_tiles // heads
+    start_q, len_q = sequence_rows(cu_seqlens_q_ptr, seq, num_seqs)
+    start_k, len_k = sequence_rows(cu_seqlens_k_ptr, seq, num_seqs)
+    prefix_len = tl.load(prefix_len_ptr + seq * stride_prefix, mask=seq < num_seqs, other=0)
+
+    # Where the two loops end.
+    top = tile * BLOCK_M
+    rows = top + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    stop_col = row_limit(tl.minimum(top + BLOCK_M, len_q) - 1, len_q, len_k, prefix_len)
+    stop_col = tl.where(top < len_q, stop_col, 0)
+    stop_unmasked = tl.minimum(row_limit(top, len_q, len_k, prefix_len), stop_col) // BLOCK_N * BLOCK_N
+    limits = row_limit(rows, len_q, len_k, prefix_len)
+
+    # Pointers; the offset of a row may pass 2**31.
+    kv_head = (head // group).to(tl.int64)
+    packed_rows = start_q + rows
+    inside = (rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_ptrs = q_ptr + head.to(tl.int64) * stride_qh + packed_rows.to(tl.int64)[:, None] * stride_qt + dims[None, :]
+    row_offsets = packed_rows.to(tl.int64)[:, None] * (heads * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
+    k_ptr += start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
+    v_ptr += start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
+    tile_cols = tl.arange(0, BLOCK_N)
+    k_ptrs = k_ptr + offset(tile_cols, stride_kt, WIDE)[:, None] + dims[None, :]
+    v_ptrs = v_ptr + offset(tile_cols, stride_vt, WIDE)[:, None] + dims[None, :]
+    sums_offsets = head.to(tl.int64) * total_q + packed_rows
+    q = tl.load(q_ptrs, mask=inside, other=0.0)
+    d_out = tl.load(d_out_ptr + row_offsets, mask=inside, other=0.0)
+    log2_sums = tl.load(log2_sums_ptr + sums_offsets, mask=rows < len_q, other=float("inf"))
+    delta = tl.load(delta_ptr + sums_offsets, mask=rows < len_q, other=0.0)
+    seed = tl.load(dropout_seed_ptr) if DROPOUT else 0
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = _walk_keys(
+        dq, q, d_out, log2_sums, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, 0, stop_unmasked, len_k,
+        scale_log2, seed, packed_rows, start_k, head, drop_below, inverse_keep,
+        HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT, PRECISION, WIDE,
+    )  # fmt: skip
+    dq = _walk_keys(
+        dq, q, d_out, log2_sums, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, stop_unmasked, stop_col, len_k,
+        scale_log2, seed, packed_rows, start_k, head, drop_below, inverse_keep,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT, PRECISION, WIDE,
+    )  # fmt: skip
+
+    tl.store(dq_ptr + row_offsets, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=inside)
+    first_slack = tl.where(seq == num_seqs, start_q + top, total_q)
+    zero_slack(
+        dq_ptr + head * HEAD_DIM, first_slack, total_q, num_tiles * BLOCK_M, heads * HEAD_DIM,
+        HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit
+def _walk_rows(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    d_out_ptr,
+    log2_sums_ptr,
+    delta_ptr,
+    stride_qt,
+    stride_ot,
+    cols,
+    first_rows,
+    first_tile,
+    num_tiles,
+    last_tile,
+    len_q,
+    scale_log2,
+    seed,
+    start_q,
+    start_k,
+    head,
+    drop_below,
+    inverse_keep,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """num_tiles row tiles from first_tile on, the last one last_tile, added to dk and dv; scores are keys x rows."""
+    dims = tl.arange(0, BLOCK_D)
+    tile_rows = tl.arange(0, BLOCK_M)
+    q_ptrs = q_ptr + offset(tile_rows, stride_qt, WIDE)[:, None] + dims[None, :]
+    d_out_ptrs = d_out_ptr + offset(tile_rows, stride_ot, WIDE)[:, None] + dims[None, :]
+    for index in tl.range(0, num_tiles):
+        top = (first_tile + index) * BLOCK_M
+        if MASKED:
+            top = tl.where(index == num_tiles - 1, last_tile * BLOCK_M, top)
+        rows = top + tile_rows
+        q_tile, d_out_tile = q_ptrs + offset(top, stride_qt, WIDE), d_out_ptrs + offset(top, stride_ot, WIDE)
+        if MASKED:
+            inside = (rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :]
+            q, d_out = tl.load(q_tile, mask=inside, other=0.0), tl.load(d_out_tile, mask=inside, other=0.0)
+            log2_sums = tl.load(log2_sums_ptr + rows, mask=rows < len_q, other=float("inf"))
+            delta = tl.load(delta_ptr + rows, mask=rows < len_q, other=0.0)
+        else:
+            if HEAD_DIM == BLOCK_D:
+                q, d_out = tl.load(q_tile), tl.load(d_out_tile)
+            else:
+                inside = (dims < HEAD_DIM)[None, :]
+                q, d_out = tl.load(q_tile, mask=inside, other=0.0), tl.load(d_out_tile, mask=inside, other=0.0)
+            log2_sums, delta = tl.load(log2_sums_ptr + rows), tl.load(delta_ptr + rows)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - log2_sums[None, :])
+        if MASKED:
+            p = tl.where(first_rows[:, None] <= rows[None, :], p, 0.0)  # rows past the end have a sum of +inf: p = 0
+        dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+        if DROPOUT:
+            kept = is_kept(seed, (start_q + rows)[None, :], (start_k + cols)[:, None], head, drop_below)
+            dv = tl.dot(tl.where(kept, p, 0.0).to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+            dp = tl.where(kept, dp * inverse_keep, 0.0)
+        else:
+            dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+# one key head for each query head is a binary of its own (Triton specialises the group's size 1): no loop, no spills
+@triton.jit(
+    do_not_specialize=[
+        "stride_prefix", "drop_below", "num_seqs", "heads", "total_q", "total_k", "max_seqlen_k"
+    ],
+    do_not_specialize_on_alignment=[
+        "log2_sums_ptr", "delta_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "prefix_len_ptr", "dropout_seed_ptr"
+    ],
+)  # fmt: skip
+def dkdv_kernel(
+    q_ptr,  # (total_q, heads, HEAD_DIM), strides (stride_qt, stride_qh, 1)
+    k_ptr,  # (total_k, heads / group, HEAD_DIM)
+    v_ptr,
+    d_out_ptr,  # (total_q, heads, HEAD_DIM), contiguous
+    log2_sums_ptr,  # float32 (heads, total_q), of the forward
+    delta_ptr,  # float32 (heads, total_q)
+    dk_ptr,  # (total_k, heads / group, HEAD_DIM), contiguous
+    dv_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    prefix_len_ptr,
+    dropout_seed_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_prefix,
+    softmax_scale,
+    scale_log2,  # softmax_scale * log2(e)
+    drop_below,
+    inverse_keep,  # 1 / (1 - dropout_p)
+    num_seqs,
+    heads,
+    group,
+    total_q,
+    total_k,
+    max_seqlen_k,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    # One program for each (sequence, key head, tile of keys); causal tiles that most rows see start first.
+    num_tiles = tl.maximum(tl.cdiv(max_seqlen_k, BLOCK_N), 1)
+    kv_heads = heads // group
+    program = tl.program_id(0)
+    left = program % num_tiles * BLOCK_N
+    kv_head = program // num_tiles % kv_heads
+    seq = program // num_tiles // kv_heads
+    start_q, len_q = sequence_rows(cu_seqlens_q_ptr, seq, num_seqs)
+    start_k, len_k = sequence_rows(cu_seqlens_k_ptr, seq, num_seqs)
+    prefix_len = tl.load(prefix_len_ptr + seq * stride_prefix, mask=seq < num_seqs, other=0)
+
+    # Row tiles that see a part of these keys, then (from all_see on) those that see them all. The last tile of a
+    # sequence may be partial: it goes with the masked ones.
+    last_col = tl.minimum(left + BLOCK_N, len_k) - 1
+    first_masked = first_row(left, len_q, len_k, prefix_len) // BLOCK_M
+    all_see = tl.cdiv(first_row(last_col, len_q, len_k, prefix_len), BLOCK_M)
+    whole_tiles = len_q // BLOCK_M
+    has_tail = (len_q % BLOCK_M != 0) & (all_see <= whole_tiles)
+    last_tile = tl.where(has_tail, whole_tiles, all_see - 1)
+    num_masked = all_see - first_masked + tl.where(has_tail, 1, 0)
+    num_whole = tl.maximum(whole_tiles - all_see, 0)
+    # nothing to do past the sequence's last key
+    num_masked = tl.where(left < len_k, num_masked, 0)
+    num_whole = tl.where(left < len_k, num_whole, 0)
+
+    # Pointers; the offset of a row may pass 2**31.
+    cols = left + tl.arange(0, BLOCK_N)
+    first_rows = first_row(cols, len_q, len_k, prefix_len)
+    dims = tl.arange(0, BLOCK_D)
+    packed_cols = (start_k + cols).to(tl.int64)[:, None]
+    inside = (cols < len_k)[:, None] & (dims < HEAD_DIM)[None, :]
+    k_ptrs = k_ptr + kv_head.to(tl.int64) * stride_kh + packed_cols * stride_kt + dims[None, :]
+    v_ptrs = v_ptr + kv_head.to(tl.int64) * stride_vh + packed_cols * stride_vt + dims[None, :]
+    k = tl.load(k_ptrs, mask=inside, other=0.0)
+    v = tl.load(v_ptrs, mask=inside, other=0.0)
+    stride_ot = heads * HEAD_DIM
+    q_ptr += start_q.to(tl.int64) * stride_qt
+    d_out_ptr += start_q.to(tl.int64) * stride_ot
+    log2_sums_ptr += start_q
+    delta_ptr += start_q
+    seed = tl.load(dropout_seed_ptr) if DROPOUT else 0
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in tl.range(0, group):
+        head = kv_head * group + member
+        q_head_ptr = q_ptr + head.to(tl.int64) * stride_qh
+        d_out_head_ptr = d_out_ptr + head * HEAD_DIM
+        sums_ptr = log2_sums_ptr + head.to(tl.int64) * total_q
+        deltas_ptr = delta_ptr + head.to(tl.int64) * total_q
+        dk, dv = _walk_rows(
+            dk, dv, k, v, q_head_ptr, d_out_head_ptr, sums_ptr, deltas_ptr, stride_qt, stride_ot, cols,
+            first_rows, first_masked, num_masked, last_tile, len_q, scale_log2, seed, start_q, start_k, head,
+            drop_below, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, True, DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
+        dk, dv = _walk_rows(
+            dk, dv, k, v, q_head_ptr, d_out_head_ptr, sums_ptr, deltas_ptr, stride_qt, stride_ot, cols,
+            first_rows, all_see, num_whole, last_tile, len_q, scale_log2, seed, start_q, start_k, head,
+            drop_below, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, False, DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
+
+    if DROPOUT:
+        dv *= inverse_keep
+    out_offsets = packed_cols * (kv_heads * HEAD_DIM) + kv_head * HEAD_DIM + dims[None, :]
+    tl.store(dk_ptr + out_offsets, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + out_offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    first_slack = tl.where(seq == num_seqs, start_k + left, total_k)
+    zero_slack(
+        dk_ptr + kv_head * HEAD_DIM, first_slack, total_k, num_tiles * BLOCK_N, kv_heads * HEAD_DIM,
+        HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    zero_slack(
+        dv_ptr + kv_head * HEAD_DIM, first_slack, total_k, num_tiles * BLOCK_N, kv_heads * HEAD_DIM,
+        HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What every Triton kernel of the package shares; no mathematics."""

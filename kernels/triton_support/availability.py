@@ -1,0 +1,26 @@
+"""Whether Triton kernels can run here. Imports neither triton nor a driver."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """A sentence if no Triton kernel can run on a device of this type, else None."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'antlm_fast[gpu]')"
+    if device_type == "cuda":
+        return _too_old()
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "Triton kernels run on CUDA devices (on the CPU, slowly, where TRITON_INTERPRET=1 was set at the start)"
+
+
+def _too_old() -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"Triton kernels need compute capability 8.0; the device has {major}.{minor}"
