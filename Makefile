@@ -1,5 +1,8 @@
 # make demo   train and evaluate on the built-in corpus, in its own virtual environment
 # make test   format, types and all tests, in the same environment
+# make ir     execute what Triton compiles for three GPU architectures, on the CPU
+# make aot    compile every shipped kernel for every architecture; compare registers, spills, memory and loops with
+#             benchmarks/aot_table.json (minutes)
 #
 # torch is chosen for your hardware, once, and never replaced:
 #   torch already in $(PYTHON)      used as it is (the environment sees it)
@@ -20,13 +23,28 @@ PINNED := $(VENV)/torch.txt
 # the type checker cannot follow antlm_fast.kernels to the top-level folder: it is shown the package as a wheel has it
 TYPED := $(VENV)/typed/antlm_fast
 
-.PHONY: demo test lint clean
+# the verifier of `make ir`; its package names Python 3.12, and runs on 3.11 too
+TTSEM := ttsem==0.1.0
+# what the Triton kernels' sources are tested by, in a process whose Triton interprets
+INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_properties.py \
+  tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
+  tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
+
+.PHONY: demo test ir aot lint clean
 
 demo: $(VENV)/train.installed
 	$(BIN)/python -m antlm_fast.cli train --recipe demo --output runs/demo --resume
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a worker a core: more threads would fight for it
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED)
+
+ir: $(VENV)/dev.installed
+	$(PIP) install --no-deps --ignore-requires-python '$(TTSEM)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels/ir
+
+aot: $(VENV)/dev.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/aot.py --compare
 
 lint: $(VENV)/dev.installed
 	$(TOOLS) ruff check .

@@ -1,4 +1,4 @@
-"""The command line: train, eval, generate, fill, recipes, doctor. Bad input is one line and exit code 2."""
+"""The command line: train, eval, generate, fill, recipes, prime, doctor. Bad input is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from antlm_fast.types import InputError, Objective
 
 if TYPE_CHECKING:
+    from antlm_fast.prime import AttentionSizes
     from antlm_fast.training.config import TrainConfig
 
 READ_OUTS = ("causal", "masked", "mntp")
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name in ("tokenizers", "tqdm", "matplotlib"):
             return _complain(f"this command needs {error.name}: pip install 'antlm_fast[train]'")
+        if error.name == "triton" and options.command is _prime:
+            return _complain("prime needs triton: pip install 'antlm_fast[gpu]'")
         raise
     except KeyboardInterrupt:
         hint = "; --resume goes on from the newest checkpoint" if options.command is _train else ""
@@ -105,6 +108,17 @@ def _parser() -> argparse.ArgumentParser:
     show = kinds.add_parser("show")
     show.add_argument("name")
     show.set_defaults(command=_recipes_show)
+
+    prime = commands.add_parser("prime", help="compile the GPU kernels of a recipe ahead of its first step")
+    prime.add_argument("--arch", metavar="NAME", action="append", help="such as 90; may be repeated (the GPU here)")
+    prime.add_argument("--recipe", metavar="NAME", help="whose model's sizes are taken (antlm-babyllama)")
+    prime.add_argument("--config", metavar="FILE", type=Path, help="the same from a config file")
+    prime.add_argument("--head-dim", metavar="N", type=int, help="sizes of your own call of attention, instead")
+    prime.add_argument("--heads", metavar="N", type=int, help="with --head-dim")
+    prime.add_argument("--kv-heads", metavar="N", type=int, help="with --head-dim (as --heads)")
+    prime.add_argument("--dropout", action="store_true", help="with --head-dim: attention with dropout")
+    prime.add_argument("--precision", choices=("bfloat16", "float16", "float32"), help="(the recipe's, or bfloat16)")
+    prime.set_defaults(command=_prime)
 
     doctor = commands.add_parser("doctor", help="what is installed, and which implementation serves which op here")
     doctor.set_defaults(command=_doctor)
@@ -245,6 +259,42 @@ def _recipes_show(options: argparse.Namespace) -> None:
         for name, setting in value.items() if isinstance(value, dict) else [("", value)]:
             if (section, name) != ("model", "vocab_size"):
                 print(f"{section}{'.' if name else ''}{name}={json.dumps(setting)}")
+
+
+def _prime(options: argparse.Namespace) -> None:
+    from antlm_fast.prime import cache_folder, prime
+
+    sizes = _attention_sizes(options)
+    found = [prime(sizes, arch) for arch in options.arch or [None]]  # what is wrong is said before anything is compiled
+    total, compiled, seconds = 0, 0, 0.0
+    for kernel in (kernel for kernels in found for kernel in kernels):
+        how = "compiled" if kernel.compiled else "was there"
+        print(f"{kernel.arch:8}{kernel.name:16}{kernel.seconds:6.1f} s  {how}", flush=True)
+        total, compiled, seconds = total + 1, compiled + kernel.compiled, seconds + kernel.seconds
+    print(f"{total} kernels in {cache_folder()}: {compiled} compiled, {total - compiled} were there, {seconds:.1f} s")
+
+
+def _attention_sizes(options: argparse.Namespace) -> AttentionSizes:
+    from antlm_fast.prime import DTYPES, AttentionSizes, sizes_of
+    from antlm_fast.recipes import get_recipe
+    from antlm_fast.training.settings import read_config_file
+
+    if sum(map(bool, (options.recipe, options.config, options.head_dim))) > 1:
+        raise InputError("--recipe, --config and --head-dim must be given one at a time; got more than one")
+    if options.head_dim is None:
+        if options.heads is not None or options.kv_heads is not None or options.dropout:
+            raise InputError("--heads, --kv-heads and --dropout must come with --head-dim; got no --head-dim")
+        config = read_config_file(options.config) if options.config else get_recipe(options.recipe or "antlm-babyllama")
+        return sizes_of(config, options.precision)
+    if options.heads is None:
+        raise InputError("--heads must be given with --head-dim; got none")
+    return AttentionSizes(
+        head_dim=options.head_dim,
+        heads=options.heads,
+        kv_heads=options.heads if options.kv_heads is None else options.kv_heads,
+        dtype=DTYPES[options.precision or "bfloat16"],
+        dropout=options.dropout,
+    )
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -60,6 +60,7 @@ def attention_suite(sizes: Sizes) -> Iterator[list[Row]]:
                 eager = functools.cache(functools.partial(_results, reference, tensors))
                 ways: dict[str, tuple[Function, list[Tensor], bool]] = {
                     "antlm_fast torch": (functools.partial(attention, causal=causal, impl="torch"), ours, False),
+                    "antlm_fast triton": (functools.partial(attention, causal=causal, impl="triton"), ours, False),
                     "SDPA": (functools.partial(F.scaled_dot_product_attention, is_causal=causal), heads_first, True),
                     "eager bmm + softmax": (functools.partial(_eager_attention, causal=causal), heads_first, True),
                 }

@@ -13,6 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from antlm_fast.cli import main
+from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -127,7 +128,7 @@ def test_generate_and_fill_speak(run, capsys):
     assert len(answers[0].split(": ")[1].split("  ")) == 3
 
 
-def test_recipes_and_doctor_tell_what_there_is(capsys):
+def test_recipes_and_doctor_tell_what_there_is(capsys, monkeypatch):
     assert main(["recipes", "list"]) == 0
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()] == [
@@ -143,10 +144,16 @@ def test_recipes_and_doctor_tell_what_there_is(capsys):
     assert "arXiv 2412.03275" in shown
     assert "weight_decay=0.1,  # the same" in shown  # and the recipes it is made from
     assert "optimizer.lr=0.00025" in shown
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
-    assert "this version has no triton implementation of attention" in told
-    assert "torch      serves, and auto takes it" in told
+    reason = unavailable_reason("cpu")
+    assert reason is not None
+    assert told.count(f"  triton     {reason}\n") == 2  # attention and attention_varlen
+    assert "  triton     this version has no triton implementation of linear_cross_entropy\n" in told
+    assert "fused attention on GPUs (extra: gpu)" in told
+    assert told.count("torch      serves, and auto takes it") == 3
 
 
 def test_a_run_that_exists_is_never_overwritten(run, capsys):

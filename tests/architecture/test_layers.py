@@ -24,8 +24,9 @@ ALLOWED = {
     "training": {"types", "schedule", "kernels", "data", "objectives", "models", "evaluation"},
     "recipes": {"types", "data", "objectives", "models", "training"},
     "pipeline": BELOW_PIPELINE,
+    "prime": {"types", "kernels", "training"},
     "doctor": BELOW_PIPELINE | {"pipeline"},
-    "cli": BELOW_PIPELINE | {"pipeline", "doctor", "recipes"},
+    "cli": BELOW_PIPELINE | {"pipeline", "doctor", "prime", "recipes"},
     "__init__": BELOW_PIPELINE | {"pipeline", "recipes"},
 }
 BANNED = {"utils", "common", "helpers", "misc", "base", "manager", "handler"}
@@ -95,6 +96,16 @@ def fresh(code, *, block=()):
 def test_importing_the_package_loads_nothing_heavy():
     heavy = ("torch", "numpy", "triton", "transformers", "tokenizers", "matplotlib")
     done = fresh(f"import antlm_fast; print(sorted(set(sys.modules) & set({heavy})))")
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_kernels_and_models_load_no_triton_before_a_gpu_asks_for_it():
+    heavy = ("triton", "transformers", "tokenizers", "matplotlib")
+    done = fresh(
+        "import torch, antlm_fast, antlm_fast.kernels.attention, antlm_fast.models, antlm_fast.doctor; "
+        "q = torch.ones(1, 4, 2, 16); antlm_fast.attention(q, q, q, causal=True, impl='torch'); "
+        f"print(sorted(set(sys.modules) & set({heavy})))"
+    )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 

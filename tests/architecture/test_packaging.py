@@ -1,9 +1,11 @@
 """An installed package holds the kernels, and never mistakes another package called kernels for them."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,71 @@ def run(code, folder):
     return done.stdout.strip()
 
 
+def kernel_files(folder):
+    """What the kernels are made of: sources and tables of tiles."""
+    return {path.relative_to(folder) for pattern in ("*.py", "*.json") for path in folder.rglob(pattern)}
+
+
 def test_a_wheel_holds_every_kernel_file(installed):
-    sources = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")}
-    home = installed / "antlm_fast" / "kernels"
-    assert {path.relative_to(home) for path in home.rglob("*.py")} == sources | {Path("__init__.py")}
+    sources = kernel_files(ROOT / "kernels")
+    assert Path("attention/tiles.json") in sources
+    assert kernel_files(installed / "antlm_fast" / "kernels") == sources | {Path("__init__.py")}
     assert not (installed / "kernels").exists()  # a wheel with a top-level kernels would overwrite the other package
+
+
+def test_an_sdist_holds_every_kernel_file(tmp_path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"  # setuptools builds an sdist in the folder it is run in
+    for folder in ("antlm_fast", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, check=True, capture_output=True)
+    with tarfile.open(next((source / "dist").glob("*.tar.gz"))) as archive:
+        names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    assert {Path("kernels") / path for path in kernel_files(ROOT / "kernels")} <= names
+
+
+@pytest.fixture
+def prime(monkeypatch):
+    """setup.py's function that compiles kernels while it builds."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))["prime"]
+
+
+def test_a_build_that_shall_compile_kernels_says_what_is_missing(prime, tmp_path, monkeypatch):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    monkeypatch.setattr("sys.executable", str(bare / "bin" / "python"))
+    monkeypatch.delenv("ANTLM_FAST_CUDA_ARCHS", raising=False)
+    prime(ROOT)  # nobody asked for anything
+    monkeypatch.setenv("ANTLM_FAST_CUDA_ARCHS", "80;90")
+    with pytest.raises(SystemExit) as stopped:
+        prime(ROOT)
+    message = str(stopped.value)
+    assert message.startswith("ANTLM_FAST_CUDA_ARCHS needs torch, triton, numpy, safetensors in ")
+    assert "pip install torch triton numpy safetensors first" in message
+    assert "run `antlm-fast prime` afterwards" in message
+
+
+def test_a_build_compiles_the_kernels_for_the_gpus_it_is_told(prime, installed, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("ANTLM_FAST_CUDA_ARCHS", "90")
+    prime(installed)
+    told = capfd.readouterr().out
+    assert told.startswith("ANTLM_FAST_CUDA_ARCHS: compiling Triton kernels for 90\n")
+    assert f"4 kernels in {tmp_path}: 4 compiled, 0 were there" in told
+    # the same kernels in another folder: the checkout
+    command = [sys.executable, "-m", "antlm_fast.cli", "prime", "--arch", "90"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"4 kernels in {tmp_path}: 0 compiled, 4 were there" in again.stdout
+    monkeypatch.setenv("ANTLM_FAST_CUDA_ARCHS", "70")
+    with pytest.raises(SystemExit, match="ANTLM_FAST_CUDA_ARCHS=70: the kernels were not compiled"):
+        prime(installed)
+    assert "antlm-fast: arch must be one of sm_80" in capfd.readouterr().err
 
 
 def test_the_installed_kernels_are_the_ones_that_run(installed):

@@ -13,6 +13,7 @@ import torch
 from antlm_fast.kernels import attention as attention_op
 from antlm_fast.kernels import linear_cross_entropy as loss_op
 from antlm_fast.kernels.dispatch import IMPLS, Implementation, ImplementationRow, UnsupportedError, choose, survey
+from antlm_fast.kernels.triton_support import availability
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,32 @@ def test_every_op_exports_a_table_of_known_names_with_a_reference() -> None:
         assert set(table) <= set(IMPLS) - {"auto"}
 
 
-@pytest.mark.parametrize("impl", ["native", "triton"])
-def test_ops_name_themselves_and_the_missing_implementation(impl: str) -> None:
+def test_ops_name_themselves_and_the_missing_implementation() -> None:
     x = torch.randn(1, 2, 1, 4)
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    message = r"{0}\(impl='" + impl + r"'\): this version has no " + impl + " implementation of {0}$"
-    with pytest.raises(UnsupportedError, match=message.format("attention")):
-        attention_op.attention(x, x, x, causal=True, impl=impl)
-    with pytest.raises(UnsupportedError, match=message.format("attention_varlen")):
-        attention_op.attention_varlen(x[0], x[0], x[0], cu, cu, 2, 2, causal=True, impl=impl)
-    with pytest.raises(UnsupportedError, match=message.format("linear_cross_entropy")):
-        loss_op.linear_cross_entropy(x[0, :, 0], x[0, :, 0], torch.tensor([0, 1]), impl=impl)
+    message = r"{0}\(impl='{1}'\): this version has no {1} implementation of {0}$"
+    with pytest.raises(UnsupportedError, match=message.format("attention", "native")):
+        attention_op.attention(x, x, x, causal=True, impl="native")
+    with pytest.raises(UnsupportedError, match=message.format("attention_varlen", "native")):
+        attention_op.attention_varlen(x[0], x[0], x[0], cu, cu, 2, 2, causal=True, impl="native")
+    for impl in ("native", "triton"):
+        with pytest.raises(UnsupportedError, match=message.format("linear_cross_entropy", impl)):
+            loss_op.linear_cross_entropy(x[0, :, 0], x[0, :, 0], torch.tensor([0, 1]), impl=impl)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_triton_attention_says_why_it_cannot_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(availability, "find_spec", lambda name: None if missing else object())
+    reason = "triton is not installed (pip install 'antlm_fast[gpu]')" if missing else "Triton kernels run on CUDA"
+    x = torch.randn(1, 2, 1, 4)
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(UnsupportedError) as dense:
+        attention_op.attention(x, x, x, causal=True, impl="triton")
+    assert str(dense.value).startswith(f"attention(impl='triton'): {reason}")
+    with pytest.raises(UnsupportedError) as packed:
+        attention_op.attention_varlen(x[0], x[0], x[0], cu, cu, 2, 2, causal=True, impl="triton")
+    assert str(packed.value).startswith(f"attention_varlen(impl='triton'): {reason}")
 
 
 def test_ops_need_nothing_but_torch() -> None:
