@@ -28,7 +28,7 @@ from antlm_fast.kernels.triton_support.offline import TARGETS
 from benchmarks.sass import resources
 
 KERNELS = ("forward", "delta", "dq", "dkdv")
-KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+KINDS = {"half": torch.bfloat16, "half dropout": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SHARED_BYTES = {  # the most that one program may have
     "sm_80": 166912,
@@ -58,7 +58,7 @@ def candidates(kernel: str, kind: str, head_dim: int) -> list[Tile]:
     """The tiles to try, the preferred first. Wide rows of numbers leave less room for many of them."""
     if kernel == "delta":
         return [Tile(min(128, 4096 // head_dim), 16, 4, 1)]
-    largest = {"half": 128 * 64, "tf32": 128 * 64, "ieee": 64 * 64}[kind]
+    largest = 64 * 64 if kind == "ieee" else 128 * 64
     tiles = [Tile(*tile) for tile in {"forward": _FORWARD_TILES, "dq": _ROW_TILES, "dkdv": _KEY_TILES}[kernel]]
     return [tile for tile in tiles if tile.block_m * tile.block_n <= largest]
 
@@ -97,7 +97,8 @@ def choose_by_time(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
 
 
 def _launch(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
-    launches = offline_launches(arch, KINDS[kind], head_dim, 8, 8, dropout=False, kind=kind)
+    dropout = kind.endswith(" dropout")
+    launches = offline_launches(arch, KINDS[kind], head_dim, 8, 8, dropout=dropout, kind=kind.removesuffix(" dropout"))
     return launches[KERNELS.index(kernel)]
 
 
@@ -113,6 +114,8 @@ def _on_device(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
             arguments[name] = starts
         elif name == "prefix_len_ptr":
             arguments[name] = flags
+        elif name == "dropout_seed_ptr":
+            arguments[name] = None if value is None else torch.zeros((), dtype=torch.int64, device="cuda")
         elif isinstance(value, torch.Tensor):
             tall = value.dim() == 3
             shape = (seqs * length, *value.shape[1:]) if tall else (value.shape[0], seqs * length)
@@ -137,7 +140,8 @@ def _choose(job: tuple[str, str, int, str]) -> tuple[tuple[str, str, int, str], 
 def jobs(archs: list[str], kinds: list[str], head_dims: list[int]) -> Iterator[tuple[str, str, int, str]]:
     for arch in archs:
         for head_dim in head_dims:
-            yield arch, "half", head_dim, "delta"
+            if "half" in kinds:
+                yield arch, "half", head_dim, "delta"
             for kind in kinds:
                 if (arch, kind) != ("gfx942", "tf32"):  # float32 is IEEE there
                     yield from ((arch, kind, head_dim, kernel) for kernel in KERNELS if kernel != "delta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import itertools
 import sys
@@ -15,7 +16,6 @@ _MODULES = {
     module.__name__.rpartition(".")[2]: module for module in (triton_visibility, triton_forward, triton_backward)
 }
 _number = itertools.count()
-_folders = []  # as long as the process: Triton reads a kernel's source when it compiles
 
 
 def variant(*changes: tuple[str, str, str]) -> dict[str, ModuleType]:
@@ -28,7 +28,7 @@ def variant(*changes: tuple[str, str, str]) -> dict[str, ModuleType]:
         ValueError: a text is not there, so nothing would be changed.
     """
     folder = tempfile.TemporaryDirectory()
-    _folders.append(folder)
+    atexit.register(folder.cleanup)  # as long as the process: Triton reads a kernel's source when it compiles
     package = f"antlm_fast_variant_{next(_number)}"
     sources = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in _MODULES.items()}
     for name, old, new in changes:

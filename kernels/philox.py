@@ -1,6 +1,6 @@
 """Philox4x32-10 in plain tensor operations, and the dropout mask that every attention implementation shares.
 
-The mask of attention dropout is a pure function of (seed, head, query row, key row), so that implementations in any
+The mask of attention dropout is a pure function of (seed, head, query row, key), so that implementations in any
 language, on any device and in any dtype drop the same probabilities, and a backward can form the mask again.
 
 Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
@@ -46,20 +46,24 @@ def drop_threshold(dropout_p: float) -> int:
 
 
 def keep_mask(
-    seed: torch.Tensor, heads: torch.Tensor, query_rows: torch.Tensor, key_rows: torch.Tensor, dropout_p: float
+    seed: torch.Tensor, heads: torch.Tensor, query_rows: torch.Tensor, num_keys: int, dropout_p: float
 ) -> torch.Tensor:
     """Which attention probabilities survive dropout.
 
-    The first word of philox(seed, counter = (key row, query row, head, 0)) is kept if it is at least
-    drop_threshold(dropout_p). Rows are counted over the whole packed (or flattened dense) layout.
+    Word j % 4 of philox(seed, counter = (j // 4, query row, head, 0)) belongs to key j of the query's sequence, and is
+    kept if it is at least drop_threshold(dropout_p). All four words are used, since making them is what costs. Query
+    rows are counted over the whole packed (or flattened dense) layout, keys from the start of the sequence.
 
     Args:
         seed: int64 ().
-        heads, query_rows, key_rows: int64 tensors that broadcast together.
+        heads, query_rows: int64 tensors that broadcast together.
+        num_keys: the keys [0, num_keys) of every row.
         dropout_p: the probability of dropping, in [0, 1).
 
     Returns:
-        bool, in the broadcast shape; True is kept.
+        bool, the broadcast shape and (num_keys,); True is kept.
     """
-    word = philox(seed, key_rows, query_rows, heads, torch.zeros_like(seed))[0]
-    return word >= drop_threshold(dropout_p)
+    groups = torch.arange(-(-num_keys // 4), device=seed.device)
+    words = philox(seed, groups, query_rows[..., None], heads[..., None], torch.zeros_like(seed))
+    threshold = drop_threshold(dropout_p)
+    return torch.stack([word >= threshold for word in words], -1).flatten(-2)[..., :num_keys]

@@ -128,8 +128,8 @@ def attention(
         dropout_p: the probability, in [0, 1), of dropping a softmax probability; what is kept is scaled by
             1 / (1 - dropout_p).
         dropout_seed: an int or an int64 tensor () on q's device; None draws one from torch's default generator of that
-            device. The mask is a pure function of (seed, head, b * seqlen_q + i, b * seqlen_k + j): see
-            kernels/philox.py. Not used where dropout_p is 0.
+            device. The mask is a pure function of (seed, head, b * seqlen_q + i, j): see kernels/philox.py. Not used
+            where dropout_p is 0.
         return_lse: also return the log of the softmax's denominator.
         impl: "auto" or the implementation to use.
 
@@ -234,8 +234,8 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: at least the longest sequence, in tokens.
         causal: True, False, or a bool tensor () or (num_seqs,) on q's device; exactly one of causal and prefix_len.
         prefix_len: int32 (num_seqs,) on q's device: the first keys of a sequence, which all its queries see.
-        softmax_scale, dropout_p, dropout_seed, return_lse, impl: as for `attention`; the dropout mask counts rows over
-            the packed layout.
+        softmax_scale, dropout_p, dropout_seed, return_lse, impl: as for `attention`; the dropout mask counts queries
+            over the packed layout, and keys within their sequence.
 
     Returns:
         out, of q's shape and dtype, or (out, lse) with lse float32 (float64 for float64) (heads, total_q), detached.

@@ -69,8 +69,8 @@ def attention_varlen(
         accumulated = torch.promote_types(q.dtype, torch.float32)
         probabilities = torch.softmax(scores, -1, dtype=accumulated).masked_fill(~visible, 0.0)
         if dropout_seed is not None:
-            head = torch.arange(q.shape[1], device=q.device)[:, None, None]
-            kept = keep_mask(dropout_seed, head, rows_q[:, None], rows_k, dropout_p)
+            head = torch.arange(q.shape[1], device=q.device)[:, None]
+            kept = keep_mask(dropout_seed, head, rows_q, rows_k.numel(), dropout_p)
             probabilities = probabilities * kept / (1.0 - dropout_p)
         values = v[rows_k].repeat_interleave(q.shape[1] // v.shape[1], 1)
         outs.append(torch.einsum("hqk,khd->qhd", probabilities.to(q.dtype), values))

@@ -18,19 +18,17 @@ _MASK_ELEMENTS = 2**23
 
 @dataclass(frozen=True)
 class Dropout:
-    """The dropout of one block: its probability, the seed, and the packed rows (num_seqs, len) that name the mask."""
+    """The dropout of one block: its probability, the seed, and what names the mask: packed rows (num_seqs, len_q)."""
 
     p: float
     seed: torch.Tensor
     rows_q: torch.Tensor
-    rows_k: torch.Tensor
+    len_k: int
 
     def kept(self, seqs: slice, heads: int) -> torch.Tensor:
         """bool (num_seqs, heads, len_q, len_k), for some of the sequences."""
-        every_head = torch.arange(heads, device=self.seed.device)[:, None, None]
-        return keep_mask(
-            self.seed, every_head, self.rows_q[seqs, None, :, None], self.rows_k[seqs, None, None, :], self.p
-        )
+        every_head = torch.arange(heads, device=self.seed.device)[:, None]
+        return keep_mask(self.seed, every_head, self.rows_q[seqs, None], self.len_k, self.p)
 
 
 def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, softmax_scale: float) -> torch.Tensor:

@@ -51,7 +51,7 @@ def attention(
     else:
         plan = dense_device_plan(batch, len_q, len_k, prefix_len, q.device)
     if plan.map_q is None and plan.map_k is None and len(plan.blocks) == 1:
-        return _run_block(q, k, v, plan.blocks[0], softmax_scale, dropout_p, dropout_seed, return_lse, None, None)
+        return _run_block(q, k, v, plan.blocks[0], softmax_scale, dropout_p, dropout_seed, return_lse, None)
     out, lse = _run(
         plan, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), softmax_scale, dropout_p, dropout_seed, return_lse
     )
@@ -103,15 +103,14 @@ def _run(
     sizes_q = [block.num_seqs * block.len_q for block in plan.blocks]
     sizes_k = [block.num_seqs * block.len_k for block in plan.blocks]
     outs, lses = [], []
-    first_q = first_k = 0
+    first_q = 0
     for block, part_q, part_k, part_v in zip(
         plan.blocks, q.split(sizes_q), k.split(sizes_k), v.split(sizes_k), strict=True
     ):
-        rows_q = rows_k = None
+        rows_q = None
         if dropout_seed is not None:
             rows_q = _packed_rows(plan.map_q, first_q, part_q).view(block.num_seqs, block.len_q)
-            rows_k = _packed_rows(plan.map_k, first_k, part_k).view(block.num_seqs, block.len_k)
-        first_q, first_k = first_q + part_q.shape[0], first_k + part_k.shape[0]
+        first_q += part_q.shape[0]
         out, lse = _run_block(
             part_q.unflatten(0, (block.num_seqs, block.len_q)),
             part_k.unflatten(0, (block.num_seqs, block.len_k)),
@@ -122,7 +121,6 @@ def _run(
             dropout_seed,
             return_lse,
             rows_q,
-            rows_k,
         )
         outs.append(out.flatten(0, 1))
         if lse is not None:
@@ -148,16 +146,15 @@ def _run_block(
     dropout_seed: torch.Tensor | None,
     return_lse: bool,
     rows_q: torch.Tensor | None,
-    rows_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One block, q (num_seqs, len_q, heads, head_dim); rows name its packed rows, None: they count up from 0."""
+    """One block, q (num_seqs, len_q, heads, head_dim); rows_q name its packed rows, None: they count up from 0."""
     if dropout_seed is None and not return_lse and _fused_is_better(q, k, v, block):
         return fused(q, k, v, block, softmax_scale), None
     dropout = None
     if dropout_seed is not None:
-        if rows_q is None or rows_k is None:
-            rows_q, rows_k = (torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) for x in (q, k))
-        dropout = Dropout(dropout_p, dropout_seed, rows_q, rows_k)
+        if rows_q is None:
+            rows_q = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
+        dropout = Dropout(dropout_p, dropout_seed, rows_q, k.shape[1])
     return materialised(q, k, v, block, softmax_scale, dropout, return_lse)
 
 

@@ -18,7 +18,8 @@ import triton.language as tl
 
 from antlm_fast.kernels.attention.triton_visibility import (
     first_row,
-    is_kept,
+    kept_keys,
+    load_rows,
     offset,
     row_limit,
     sequence_rows,
@@ -66,7 +67,6 @@ def _walk_keys(
     scale_log2,
     seed,
     packed_rows,
-    start_k,
     head,
     drop_below,
     inverse_keep,
@@ -80,25 +80,17 @@ def _walk_keys(
 ):
     """dS K of the key tiles [first_col, stop_col) added to dq."""
     tile_cols = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
     for col in tl.range(first_col, stop_col, BLOCK_N):
         cols = col + tile_cols
-        k_tile, v_tile = k_ptrs + offset(col, stride_kt, WIDE), v_ptrs + offset(col, stride_vt, WIDE)
-        if MASKED:
-            inside = (cols < len_k)[:, None] & (dims < HEAD_DIM)[None, :]
-            k, v = tl.load(k_tile, mask=inside, other=0.0), tl.load(v_tile, mask=inside, other=0.0)
-        elif HEAD_DIM == BLOCK_D:
-            k, v = tl.load(k_tile), tl.load(v_tile)
-        else:
-            inside = (dims < HEAD_DIM)[None, :]
-            k, v = tl.load(k_tile, mask=inside, other=0.0), tl.load(v_tile, mask=inside, other=0.0)
+        k = load_rows(k_ptrs + offset(col, stride_kt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(v_ptrs + offset(col, stride_vt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - log2_sums[:, None])
         if MASKED:
             p = tl.where(cols[None, :] < limits[:, None], p, 0.0)
         dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            kept = is_kept(seed, packed_rows[:, None], start_k + cols[None, :], head, drop_below)
+            kept = kept_keys(seed, packed_rows, col, head, drop_below, BLOCK_N, False)
             dp = tl.where(kept, dp * inverse_keep, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -189,12 +181,12 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _walk_keys(
         dq, q, d_out, log2_sums, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, 0, stop_unmasked, len_k,
-        scale_log2, seed, packed_rows, start_k, head, drop_below, inverse_keep,
+        scale_log2, seed, packed_rows, head, drop_below, inverse_keep,
         HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
     dq = _walk_keys(
         dq, q, d_out, log2_sums, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, stop_unmasked, stop_col, len_k,
-        scale_log2, seed, packed_rows, start_k, head, drop_below, inverse_keep,
+        scale_log2, seed, packed_rows, head, drop_below, inverse_keep,
         HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
 
@@ -218,7 +210,7 @@ def _walk_rows(
     delta_ptr,
     stride_qt,
     stride_ot,
-    cols,
+    left,
     first_rows,
     first_tile,
     num_tiles,
@@ -227,13 +219,13 @@ def _walk_rows(
     scale_log2,
     seed,
     start_q,
-    start_k,
     head,
     drop_below,
     inverse_keep,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -249,18 +241,12 @@ def _walk_rows(
         if MASKED:
             top = tl.where(index == num_tiles - 1, last_tile * BLOCK_M, top)
         rows = top + tile_rows
-        q_tile, d_out_tile = q_ptrs + offset(top, stride_qt, WIDE), d_out_ptrs + offset(top, stride_ot, WIDE)
+        q = load_rows(q_ptrs + offset(top, stride_qt, WIDE), rows, len_q, HEAD_DIM, BLOCK_D, MASKED)
+        d_out = load_rows(d_out_ptrs + offset(top, stride_ot, WIDE), rows, len_q, HEAD_DIM, BLOCK_D, MASKED)
         if MASKED:
-            inside = (rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :]
-            q, d_out = tl.load(q_tile, mask=inside, other=0.0), tl.load(d_out_tile, mask=inside, other=0.0)
             log2_sums = tl.load(log2_sums_ptr + rows, mask=rows < len_q, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=rows < len_q, other=0.0)
         else:
-            if HEAD_DIM == BLOCK_D:
-                q, d_out = tl.load(q_tile), tl.load(d_out_tile)
-            else:
-                inside = (dims < HEAD_DIM)[None, :]
-                q, d_out = tl.load(q_tile, mask=inside, other=0.0), tl.load(d_out_tile, mask=inside, other=0.0)
             log2_sums, delta = tl.load(log2_sums_ptr + rows), tl.load(delta_ptr + rows)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - log2_sums[None, :])
@@ -268,9 +254,11 @@ def _walk_rows(
             p = tl.where(first_rows[:, None] <= rows[None, :], p, 0.0)  # rows past the end have a sum of +inf: p = 0
         dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         if DROPOUT:
-            kept = is_kept(seed, (start_q + rows)[None, :], (start_k + cols)[:, None], head, drop_below)
-            dv = tl.dot(tl.where(kept, p, 0.0).to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-            dp = tl.where(kept, dp * inverse_keep, 0.0)
+            kept = kept_keys(seed, start_q + rows, left, head, drop_below, BLOCK_N, True)
+            # a number, not a truth value: it goes to two products, and AMD's compiler moves no single bits
+            weight = tl.where(kept, inverse_keep, 0.0)
+            dv = tl.dot((p * weight).to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+            dp *= weight
         else:
             dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -376,18 +364,16 @@ def dkdv_kernel(
         sums_ptr = log2_sums_ptr + head.to(tl.int64) * total_q
         deltas_ptr = delta_ptr + head.to(tl.int64) * total_q
         dk, dv = _walk_rows(
-            dk, dv, k, v, q_head_ptr, d_out_head_ptr, sums_ptr, deltas_ptr, stride_qt, stride_ot, cols,
-            first_rows, first_masked, num_masked, last_tile, len_q, scale_log2, seed, start_q, start_k, head,
-            drop_below, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, True, DROPOUT, PRECISION, WIDE,
+            dk, dv, k, v, q_head_ptr, d_out_head_ptr, sums_ptr, deltas_ptr, stride_qt, stride_ot, left,
+            first_rows, first_masked, num_masked, last_tile, len_q, scale_log2, seed, start_q, head,
+            drop_below, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
         dk, dv = _walk_rows(
-            dk, dv, k, v, q_head_ptr, d_out_head_ptr, sums_ptr, deltas_ptr, stride_qt, stride_ot, cols,
-            first_rows, all_see, num_whole, last_tile, len_q, scale_log2, seed, start_q, start_k, head,
-            drop_below, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, False, DROPOUT, PRECISION, WIDE,
+            dk, dv, k, v, q_head_ptr, d_out_head_ptr, sums_ptr, deltas_ptr, stride_qt, stride_ot, left,
+            first_rows, all_see, num_whole, last_tile, len_q, scale_log2, seed, start_q, head,
+            drop_below, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
 
-    if DROPOUT:
-        dv *= inverse_keep
     out_offsets = packed_cols * (kv_heads * HEAD_DIM) + kv_head * HEAD_DIM + dims[None, :]
     tl.store(dk_ptr + out_offsets, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + out_offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)

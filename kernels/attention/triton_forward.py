@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from antlm_fast.kernels.attention.triton_visibility import is_kept, offset, row_limit, sequence_rows, zero_slack
+from antlm_fast.kernels.attention.triton_visibility import (
+    kept_keys,
+    load_rows,
+    offset,
+    row_limit,
+    sequence_rows,
+    zero_slack,
+)
 
 
 @triton.jit
@@ -31,7 +38,6 @@ def _attend(
     scale_log2,
     seed,
     packed_rows,
-    start_k,
     head,
     drop_below,
     HEAD_DIM: tl.constexpr,
@@ -44,18 +50,10 @@ def _attend(
 ):
     """Key tiles [first_col, stop_col) added to the running softmax; scores are in powers of two."""
     tile_cols = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
     for col in tl.range(first_col, stop_col, BLOCK_N):
         cols = col + tile_cols
-        k_tile, v_tile = k_ptrs + offset(col, stride_kt, WIDE), v_ptrs + offset(col, stride_vt, WIDE)
-        if MASKED:
-            inside = (cols < len_k)[:, None] & (dims < HEAD_DIM)[None, :]
-            k, v = tl.load(k_tile, mask=inside, other=0.0), tl.load(v_tile, mask=inside, other=0.0)
-        elif HEAD_DIM == BLOCK_D:
-            k, v = tl.load(k_tile), tl.load(v_tile)
-        else:
-            inside = (dims < HEAD_DIM)[None, :]
-            k, v = tl.load(k_tile, mask=inside, other=0.0), tl.load(v_tile, mask=inside, other=0.0)
+        k = load_rows(k_ptrs + offset(col, stride_kt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(v_ptrs + offset(col, stride_vt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             scores = tl.where(cols[None, :] < limits[:, None], scores * scale_log2, float("-inf"))
@@ -71,7 +69,7 @@ def _attend(
         running_sum = running_sum * alpha + tl.sum(p, 1)
         running_max = new_max
         if DROPOUT:
-            p = tl.where(is_kept(seed, packed_rows[:, None], start_k + cols[None, :], head, drop_below), p, 0.0)
+            p = tl.where(kept_keys(seed, packed_rows, col, head, drop_below, BLOCK_N, False), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, running_max, running_sum
 
@@ -154,12 +152,12 @@ def forward_kernel(
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, running_max, running_sum = _attend(
         acc, running_max, running_sum, q, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, 0, stop_unmasked, len_k,
-        scale_log2, seed, packed_rows, start_k, head, drop_below,
+        scale_log2, seed, packed_rows, head, drop_below,
         HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
     acc, running_max, running_sum = _attend(
         acc, running_max, running_sum, q, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, stop_unmasked, stop_col, len_k,
-        scale_log2, seed, packed_rows, start_k, head, drop_below,
+        scale_log2, seed, packed_rows, head, drop_below,
         HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
 

@@ -296,8 +296,13 @@ def delta_launch(out: torch.Tensor, d_out: torch.Tensor, delta: torch.Tensor, ar
 
 
 def tile_for(use: str, arch: str, head_dim: int) -> Tile:
-    """The tile that the table gives a kernel ("delta", or "forward", "dq", "dkdv" with its kind of numbers)."""
-    return read_tiles(TILES)[arch][use][str(padded_head_dim(head_dim))]
+    """The tile that the table gives a kernel: "delta", or "forward", "dq", "dkdv" with the kind of its numbers.
+
+    With " dropout" at the end it is the row for dropout, where the table has one.
+    """
+    uses = read_tiles(TILES)[arch]
+    sizes = uses.get(use) or uses[use.removesuffix(" dropout")]
+    return sizes[str(padded_head_dim(head_dim))]
 
 
 class _Call:
@@ -389,4 +394,5 @@ class _Call:
         return max(-(-self.max_k // tile.block_n), 1) * self.kv_heads * self.sequences
 
     def _tile(self, kernel: str) -> Tile:
-        return tile_for(f"{kernel} {self.kind}", self.arch, self.head_dim)
+        dropout = " dropout" if self.arguments["DROPOUT"] else ""
+        return tile_for(f"{kernel} {self.kind}{dropout}", self.arch, self.head_dim)

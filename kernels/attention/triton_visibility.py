@@ -38,13 +38,43 @@ def offset(index, stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def is_kept(seed, rows, cols, head, drop_below):
-    """The dropout mask of kernels/philox.py; rows and cols count over the packed layout.
+def load_rows(ptrs, rows, stop, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of rows; the padding's columns are 0, and so, if MASKED, are the rows from `stop` on."""
+    dims = tl.arange(0, BLOCK_D)
+    if MASKED:
+        tile = tl.load(ptrs, mask=(rows < stop)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    return tile
 
-    drop_below is the integer threshold moved down by 2**31, since Triton's integer arguments are signed.
+
+@triton.jit
+def kept_keys(seed, packed_rows, first_col, head, drop_below, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """The dropout mask of kernels/philox.py for the keys [first_col, first_col + BLOCK_N), a multiple of 4 each.
+
+    (rows, keys), or (keys, rows) if KEYS_FIRST. drop_below is the integer threshold moved down by 2**31, since Triton's
+    integer arguments are signed. One counter gives the words of four neighbouring keys.
     """
-    word, _, _, _ = tl.philox(seed, cols, rows, head, 0)
-    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= drop_below
+    groups = first_col // 4 + tl.arange(0, BLOCK_N // 4)
+    if KEYS_FIRST:
+        w0, w1, w2, w3 = tl.philox(seed, groups[:, None], packed_rows[None, :], head, 0)
+    else:
+        w0, w1, w2, w3 = tl.philox(seed, groups[None, :], packed_rows[:, None], head, 0)
+    k0, k1 = _is_kept(w0, drop_below), _is_kept(w1, drop_below)
+    k2, k3 = _is_kept(w2, drop_below), _is_kept(w3, drop_below)
+    four = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (.., .., 2, 2), its last two axes in the order of the words
+    if KEYS_FIRST:
+        kept = four.permute(0, 2, 3, 1).reshape(BLOCK_N, packed_rows.shape[0])
+    else:
+        kept = four.reshape(packed_rows.shape[0], BLOCK_N)
+    return kept != 0
+
+
+@triton.jit
+def _is_kept(word, drop_below):
+    return ((word ^ 0x80000000).to(tl.int32, bitcast=True) >= drop_below).to(tl.int8)
 
 
 @triton.jit

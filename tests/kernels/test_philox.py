@@ -46,8 +46,9 @@ def test_threshold_is_exact_and_fits_32_bits(p: float, threshold: int) -> None:
 
 def test_mask_keeps_the_right_share_and_rows_are_not_alike() -> None:
     heads, rows, cols, p = 4, 128, 128, 0.1
-    axes = torch.arange(heads)[:, None, None], torch.arange(rows)[:, None], torch.arange(cols)
+    axes = torch.arange(heads)[:, None], torch.arange(rows), cols
     kept = keep_mask(torch.tensor(3), *axes, p)
+    assert kept.shape == (heads, rows, cols)
     count = kept.numel()
     # six standard deviations of a binomial share
     assert abs(kept.double().mean().item() - (1 - p)) < 6 * (p * (1 - p) / count) ** 0.5
@@ -55,3 +56,14 @@ def test_mask_keeps_the_right_share_and_rows_are_not_alike() -> None:
     for a, b in ((centred[0], centred[1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
         assert abs((a * b).mean().item()) < 6 * p * (1 - p) / a.numel() ** 0.5
     assert not torch.equal(kept, keep_mask(torch.tensor(3 + 2**32), *axes, p)), "the seed's high word is not used"
+
+
+def test_mask_is_that_of_its_definition() -> None:
+    """Key j of a row is word j % 4 of the counter (j // 4, row, head, 0); seven keys do not fill the last counter."""
+    seed, threshold = torch.tensor(11), drop_threshold(0.4)
+    kept = keep_mask(seed, torch.tensor([[0], [5]]), torch.tensor([3, 900]), 7, 0.4)
+    for place, head in enumerate((0, 5)):
+        for row_place, row in enumerate((3, 900)):
+            for key in range(7):
+                counter = (torch.tensor(word) for word in (key // 4, row, head, 0))
+                assert bool(kept[place, row_place, key]) == (int(philox(seed, *counter)[key % 4]) >= threshold)

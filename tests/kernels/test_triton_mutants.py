@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,10 +36,7 @@ def variant() -> Iterator[Variant]:
     """The folder of benchmarks is no installed package: it is importable only here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        variants = importlib.import_module("benchmarks.variants")
-    yield variants.variant
-    for folder in variants._folders:
-        folder.cleanup()
+        yield importlib.import_module("benchmarks.variants").variant
     for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
         del sys.modules[name]
 
@@ -101,13 +97,16 @@ def grouped_numbers() -> set[str]:
 
 
 def leakage() -> set[str]:
-    """The last key and value of each sequence change: of its causal rows only the last one may."""
+    """The second half of each sequence's keys changes: of its causal rows those may that see a part of it, no other."""
     q, k, v, _ = _inputs(1, 1)
     before = attention_varlen(q, k, v, *PACKED, causal=True, impl="triton")
-    last_keys, last_rows = ((starts[1:] - 1).tolist() for starts in PACKED[:2][::-1])
-    k[last_keys], v[last_keys] = 3.0, -3.0
+    wanted = []
+    for start_q, start_k, len_q, len_k in zip(*(x.tolist() for x in PACKED[:2]), LENGTHS_Q, LENGTHS_K, strict=False):
+        half = len_k // 2
+        k[start_k + half : start_k + len_k], v[start_k + half : start_k + len_k] = 3.0, -3.0
+        wanted += range(start_q + half + len_q - len_k, start_q + len_q)
     after = attention_varlen(q, k, v, *PACKED, causal=True, impl="triton")
-    return set() if (after != before).flatten(1).any(1).nonzero().flatten().tolist() == last_rows else {"leakage"}
+    return set() if (after != before).flatten(1).any(1).nonzero().flatten().tolist() == wanted else {"leakage"}
 
 
 def ignored_options() -> set[str]:
@@ -197,33 +196,27 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
     ),
     "the running output is not rescaled": (
         numbers,
-        {"out", *GRADIENTS},
+        {"out", "d_q", "d_k"},
         "forward",
         (FORWARD, "acc * alpha[:, None]", "acc"),
     ),
     "a row that sees nothing has a maximum of -inf": (
         numbers,
-        EVERYTHING,
+        {"out", "lse", "d_q", "d_k"},
         "forward",
         (FORWARD, 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),
     ),
     "a row that sees nothing divides by its sum": (
         numbers,
-        EVERYTHING,
+        {"out", "d_q", "d_k"},
         "forward",
         (FORWARD, "tl.where(saw_none, 0.0, 1.0 / running_sum)", "1.0 / running_sum"),
     ),
-    "a row that sees nothing saves -inf": (
+    "queries begin at the first key's row": (
         numbers,
         EVERYTHING,
         "forward",
-        (FORWARD, 'tl.where(saw_none, float("inf"),', 'tl.where(saw_none, float("-inf"),'),
-    ),
-    "keys begin at the first query's row": (
-        numbers,
-        EVERYTHING,
-        "forward",
-        (FORWARD, "k_ptr += start_k", "k_ptr += start_q"),
+        (FORWARD, "q_ptr += start_q", "q_ptr += start_k"),
     ),
     "the log-sum is a natural logarithm": (
         numbers,
@@ -299,35 +292,46 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
         dropped_numbers,
         {"d_q"},
         "dq",
-        (
-            BACKWARD,
-            "is_kept(seed, packed_rows[:, None], start_k + cols[None, :],",
-            "is_kept(seed, start_k + cols[None, :], packed_rows[:, None],",
-        ),
+        (VISIBILITY, "groups[None, :], packed_rows[:, None]", "packed_rows[:, None], groups[None, :]"),
     ),
     "dK/dV's dropout mask is transposed": (
         dropped_numbers,
         {"d_k", "d_v"},
         "dkdv",
-        (
-            BACKWARD,
-            "is_kept(seed, (start_q + rows)[None, :], (start_k + cols)[:, None],",
-            "is_kept(seed, (start_k + cols)[:, None], (start_q + rows)[None, :],",
-        ),
+        (VISIBILITY, "groups[:, None], packed_rows[None, :]", "packed_rows[None, :], groups[:, None]"),
     ),
-    "the dropout mask counts rows from the sequence's start": (
+    "four keys take their words in another order": (
         dropped_numbers,
-        {"out", *GRADIENTS},
+        {"out", "d_q", "d_k"},
         "forward",
-        (FORWARD, "is_kept(seed, packed_rows[:, None]", "is_kept(seed, (packed_rows - start_q)[:, None]"),
+        (VISIBILITY, "tl.join(tl.join(k0, k2), tl.join(k1, k3))", "tl.join(tl.join(k0, k1), tl.join(k2, k3))"),
+    ),
+    "dK/dV's keys take their words in another order": (
+        dropped_numbers,
+        {"d_k", "d_v"},
+        "dkdv",
+        (VISIBILITY, "permute(0, 2, 3, 1)", "permute(0, 3, 2, 1)"),
+    ),
+    "the forward's dropout mask is one row further": (
+        dropped_numbers,
+        {"out", "d_q", "d_k"},
+        "forward",
+        (FORWARD, "kept_keys(seed, packed_rows, col", "kept_keys(seed, packed_rows + 1, col"),
     ),
     "dropout does not scale what it keeps": (
         dropped_numbers,
-        {"out", *GRADIENTS},
+        {"out", "d_q", "d_k"},
         "forward",
         (FORWARD, "inverse_sum *= inverse_keep", "inverse_sum *= 1.0"),
     ),
-    "dV forgets dropout's scale": (dropped_numbers, {"d_v"}, "dkdv", (BACKWARD, "dv *= inverse_keep", "dv *= 1.0")),
+    "dV forgets dropout's scale": (
+        dropped_numbers,
+        {"d_v"},
+        "dkdv",
+        (BACKWARD, "(p * weight)", "tl.where(kept, p, 0.0)"),
+    ),
+    "dV forgets dropout": (dropped_numbers, {"d_v"}, "dkdv", (BACKWARD, "(p * weight)", "p")),
+    "dK forgets dropout": (dropped_numbers, {"d_k"}, "dkdv", (BACKWARD, "dp *= weight", "dp *= inverse_keep")),
     "dropout changes the softmax's denominator": (
         dropped_numbers,
         EVERYTHING,
