@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from antlm_fast.kernels.attention.triton_impl import TILES, offline_launches
+from antlm_fast.kernels.attention.triton_launches import TILES, offline_launches
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 from antlm_fast.kernels.triton_support.interpreter import interpreting
 from antlm_fast.kernels.triton_support.launch import arch_of, kind_of, read_tiles

@@ -19,7 +19,7 @@ from peers import plain_flash_attention
 from sass import resources
 from variants import constexpr_visibility
 
-from antlm_fast.kernels.attention.triton_impl import offline_launches
+from antlm_fast.kernels.attention.triton_launches import offline_launches
 from antlm_fast.kernels.triton_support.launch import Launch, Tile, padded_head_dim
 from antlm_fast.kernels.triton_support.offline import TARGETS, compile_offline, target
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from antlm_fast.kernels.attention.triton_impl import TILES, offline_launches
+from antlm_fast.kernels.attention.triton_launches import TILES, offline_launches
 from antlm_fast.kernels.triton_support.launch import Launch, Tile, arch_of
 from antlm_fast.kernels.triton_support.offline import TARGETS
 from benchmarks.sass import resources

@@ -78,14 +78,14 @@ import contextlib, sys
 from pathlib import Path
 import torch
 from triton.runtime.jit import JITFunction
-from antlm_fast.kernels.attention import api, attention_varlen, triton_impl
+from antlm_fast.kernels.attention import api, attention_varlen, triton_launches
 from antlm_fast.kernels.triton_support.offline import standing_in, target
 from antlm_fast.models import BabyLlama, BabyLlamaConfig
 from antlm_fast.types import Objective, PackedBatch
 
 # as on the GPU, but for the launch itself
 api.unavailable_reason = lambda device_type: None
-triton_impl.arch_of = lambda device: "sm_90"
+triton_launches.arch_of = lambda device: "sm_90"
 launched, run = [], JITFunction.run
 def look_up(self, *arguments, grid, warmup, **named):
     launched.append(self.fn.__name__)

@@ -10,10 +10,15 @@ import torch
 
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
 from antlm_fast.kernels.linear_cross_entropy import reference, torch_impl
-from antlm_fast.kernels.linear_cross_entropy.labelled import LabelledRows, labelled_rows
+from antlm_fast.kernels.linear_cross_entropy.contract import LossMetrics, LossOptions
+from antlm_fast.kernels.linear_cross_entropy.labelled import IGNORE_INDEX, LabelledRows, labelled_rows
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("none", "sum", "mean")
+
+
+# logits of one chunk; fewer rows at a time cost passes over the weight's gradient, more cost page faults
+DEFAULT_WORKSPACE_MIB = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ def linear_cross_entropy(
     label_smoothing: float = ...,
     softcap: float | None = ...,
     return_lse: Literal[False] = False,
+    return_metrics: Literal[False] = False,
+    workspace_mib: int = ...,
     impl: str = ...,
 ) -> torch.Tensor: ...
 
@@ -69,8 +76,29 @@ def linear_cross_entropy(
     label_smoothing: float = ...,
     softcap: float | None = ...,
     return_lse: Literal[True],
+    return_metrics: Literal[False] = False,
+    workspace_mib: int = ...,
     impl: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    z_loss: float = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = False,
+    return_metrics: Literal[True],
+    workspace_mib: int = ...,
+    impl: str = ...,
+) -> tuple[torch.Tensor, LossMetrics]: ...
 
 
 def linear_cross_entropy(
@@ -79,14 +107,16 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     return_lse: bool = False,
+    return_metrics: bool = False,
+    workspace_mib: int = DEFAULT_WORKSPACE_MIB,
     impl: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, LossMetrics]:
     """Cross-entropy of a linear head, over the labelled rows, without ever holding all logits.
 
     logits = hidden @ weight^T + bias; with softcap, logits = softcap * tanh(logits / softcap). For a labelled row,
@@ -107,12 +137,16 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         softcap: the bound of the logits' absolute value; None is none.
         return_lse: also return lse.
+        return_metrics: also return LossMetrics: each row's loss and lse, and whether it is predicted right, out of the
+            same pass; their sums by objective, say, are `metrics.by_group(objectives, 2)`.
+        workspace_mib: MiB that logits may take at a time, at least those of one row. Fewer MiB are more, smaller
+            products.
         impl: "auto" or the implementation to use.
 
     Returns:
         The loss, float32 (float64 for float64 inputs); with return_lse, (loss, lse): lse is (rows,), of the loss's
-        dtype, detached, and 0 at rows that are not labelled. Products are accumulated in float32 (float64 for float64)
-        and everything after the logits is computed in it.
+        dtype, detached, and 0 at rows that are not labelled; with return_metrics, (loss, LossMetrics). Products are
+        accumulated in float32 (float64 for float64) and everything after the logits is computed in it.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -120,9 +154,9 @@ def linear_cross_entropy(
         UnsupportedError: the implementation named by `impl` cannot serve the call.
 
     Gradients and determinism:
-        Gradients reach hidden, weight and bias, in the dtype of each; the weight's is accumulated in float32 (float64
-        for float64). Deterministic. Under torch.autocast the products are taken in autocast's dtype (float64 is left
-        alone), all else in float32.
+        Gradients reach hidden, weight and bias, in the dtype of each; where the weight's is a sum of several products,
+        they are added in float32 (float64 for float64). Deterministic. Under torch.autocast the products are taken in
+        autocast's dtype (float64 is left alone), all else in float32.
 
     Source:
         label smoothing: Szegedy et al., arXiv 1512.00567, section 7; z-loss: Chowdhery et al., arXiv 2204.02311,
@@ -131,33 +165,40 @@ def linear_cross_entropy(
     compute_dtype = _compute_dtype(hidden, weight)
     _check(hidden, weight, targets, bias, reduction, compute_dtype)
     _check_options(z_loss, label_smoothing, softcap)
+    if return_lse and return_metrics:
+        raise ValueError("return_lse must be False with return_metrics, which holds the lse; got True")
+    if workspace_mib < 1:
+        raise ValueError(f"workspace_mib must be at least 1; got {workspace_mib}")
     labelled = labelled_rows(targets, ignore_index)
-    if labelled.rows is not None:
-        hidden, live_targets = hidden.index_select(0, labelled.rows), targets.index_select(0, labelled.rows)
-    else:
-        live_targets = targets
+    hidden = labelled.gather(hidden)
     if labelled.counts is None:
-        _check_targets(live_targets, weight.shape[0], ignore_index)
+        _check_targets(labelled.targets, weight.shape[0], ignore_index)
     call = LinearCrossEntropyCall(hidden.device.type, compute_dtype, hidden.shape[1], weight.shape[0], reduction)
     chosen = choose("linear_cross_entropy", TABLE, impl, call)
+    options = LossOptions(
+        compute_dtype=compute_dtype,
+        reduce=reduction != "none",
+        z_loss=float(z_loss),
+        label_smoothing=float(label_smoothing),
+        softcap=softcap,
+        wants_correct=return_metrics,
+        workspace_mib=workspace_mib,
+    )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, lse = chosen.forward(
-            hidden,
-            weight,
-            bias,
-            live_targets,
-            labelled.counts,
-            compute_dtype=compute_dtype,
-            reduce=reduction != "none",
-            z_loss=float(z_loss),
-            label_smoothing=float(label_smoothing),
-            softcap=softcap,
-        )
+        results = chosen.forward(hidden, weight, bias, labelled.targets, labelled.counts, options)
+        loss, num_rows = results.loss, targets.numel()
         if reduction == "mean":
             loss = loss / _at_least_one(labelled)
         elif reduction == "none":
-            loss = _spread(loss, labelled, targets.numel())
-        return (loss, _spread(lse, labelled, targets.numel())) if return_lse else loss
+            loss = _spread(loss, labelled, num_rows)
+        if return_lse:
+            return loss, _spread(results.lse, labelled, num_rows)
+        if return_metrics:
+            losses, lse, correct = (
+                _spread(x, labelled, num_rows) for x in (results.losses, results.lse, results.correct)
+            )
+            return loss, LossMetrics(losses, lse, correct, targets != ignore_index)
+        return loss
 
 
 def _at_least_one(labelled: LabelledRows) -> int | torch.Tensor:

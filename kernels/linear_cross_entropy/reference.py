@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions, RowResults
+
 
 def forward(
     hidden: torch.Tensor,
@@ -11,24 +13,23 @@ def forward(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     counts: torch.Tensor | None,
-    *,
-    compute_dtype: torch.dtype,
-    reduce: bool,
-    z_loss: float,
-    label_smoothing: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each row (n,), or with `reduce` their sum (), and the lse (n,). Arguments as in torch_impl."""
+    options: LossOptions,
+) -> RowResults:
+    """Arguments as in torch_impl."""
+    compute_dtype = options.compute_dtype
     biases = None if bias is None else bias.to(compute_dtype)
     projected = torch.nn.functional.linear(hidden.to(compute_dtype), weight.to(compute_dtype), biases)
-    logits = projected.to(torch.promote_types(compute_dtype, torch.float32))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = projected.to(options.dtype)
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
     lse = torch.logsumexp(logits, -1)
     inside = targets if counts is None else targets.where(counts, 0)
-    nll = lse - logits.gather(1, inside[:, None]).squeeze(1)
+    target_logits = logits.gather(1, inside[:, None]).squeeze(1)
     uniform = lse - logits.mean(-1)
-    loss = (1.0 - label_smoothing) * nll + label_smoothing * uniform + z_loss * lse.square()
+    losses = (1.0 - options.label_smoothing) * (lse - target_logits) + options.label_smoothing * uniform
+    losses = losses + options.z_loss * lse.square()
+    correct = target_logits >= logits.amax(-1)
     if counts is not None:
-        loss, lse = loss.where(counts, 0.0), lse.where(counts, 0.0)
-    return (loss.sum() if reduce else loss), lse.detach()
+        losses, lse, correct = losses.where(counts, 0.0), lse.where(counts, 0.0), correct & counts
+    loss = losses.sum() if options.reduce else losses
+    return RowResults(loss, losses.detach(), lse.detach(), correct if options.wants_correct else None)

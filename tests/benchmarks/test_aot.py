@@ -20,8 +20,6 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-    for folder in getattr(sys.modules.get("variants"), "_folders", ()):
-        folder.cleanup()  # left to the interpreter's end, it would warn
     for name in MODULES:
         sys.modules.pop(name, None)
 

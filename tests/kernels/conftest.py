@@ -48,7 +48,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: dict[str, tuple[int, int]]) -> None:
     """Give the Triton kernels tiles of other sizes, by the kernel's name."""
-    from antlm_fast.kernels.attention import triton_impl
+    from antlm_fast.kernels.attention import triton_launches
     from antlm_fast.kernels.triton_support.launch import Tile
 
-    monkeypatch.setattr(triton_impl, "tile_for", lambda use, arch, head_dim: Tile(*tiles[use.split()[0]], 4, 1))
+    monkeypatch.setattr(triton_launches, "tile_for", lambda use, arch, head_dim: Tile(*tiles[use.split()[0]], 4, 1))

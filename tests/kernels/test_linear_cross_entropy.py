@@ -19,12 +19,18 @@ REDUCTIONS = ("none", "sum", "mean")
 IGNORED = -100
 
 
-@pytest.fixture(params=["reference", "torch", "torch, row by row", "torch, on device", "reference, on device"])
+WAYS = ("reference", "torch", "torch, row by row", "torch, in blocks", "torch, on device", "reference, on device")
+
+
+@pytest.fixture(params=WAYS)
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An implementation; the plain-torch one also with chunks of one row, both also with rows masked, not gathered."""
+    """An implementation; the plain-torch one also with chunks and with blocks of one row; rows masked, not gathered."""
     way: str = request.param
     if way.endswith("row by row"):
-        monkeypatch.setattr(torch_impl, "CHUNK_WORKSPACE_MIB", 0)
+        rows = lambda run: [slice(row, row + 1) for row in range(max(run.hidden.shape[0], 1))]  # noqa: E731
+        monkeypatch.setattr(torch_impl._Run, "chunks", rows)
+    if way.endswith("in blocks"):
+        monkeypatch.setattr(torch_impl, "_BLOCK_KIB", 0)
     if way.endswith("on device"):
         monkeypatch.setattr(labelled, "_host_may_read", lambda x: False)
     return way.split(",")[0]
@@ -278,12 +284,13 @@ class _LargestResult(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_logits_never_all_exist(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
+def test_logits_never_all_exist(reduction: str) -> None:
     """600 rows by 4096 words; in 1 MiB there is room for 64 rows of float32 logits."""
-    monkeypatch.setattr(torch_impl, "CHUNK_WORKSPACE_MIB", 1)
     hidden, weight = torch.randn(600, 4, requires_grad=True), torch.randn(4096, 4, requires_grad=True)
     with _LargestResult() as largest:
-        loss = linear_cross_entropy(hidden, weight, torch.arange(600), reduction=reduction, impl="torch")
+        loss = linear_cross_entropy(
+            hidden, weight, torch.arange(600), reduction=reduction, impl="torch", workspace_mib=1
+        )
         torch.autograd.grad(loss.sum(), (hidden, weight))
     assert largest.elements == 64 * 4096
 

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the mutants run on the CPU, under TRITON_INTERPRET=1", allow_module_level=True)
 
-from antlm_fast.kernels.attention import triton_impl
+from antlm_fast.kernels.attention import triton_launches
 from antlm_fast.kernels.triton_support.launch import Tile
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def variant() -> Iterator[Variant]:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short sequences then cross edges, and cost little."""
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: Tile(32, 16, 4, 1))
+    monkeypatch.setattr(triton_launches, "tile_for", lambda *_: Tile(32, 16, 4, 1))
 
 
 def _starts(lengths: tuple[int, ...]) -> torch.Tensor:
@@ -352,7 +352,7 @@ def test_a_planted_fault_is_caught(fault: str, variant: Variant, monkeypatch: py
     built = variant(*changes)
     for kernel in kernels.split():
         module = built[FORWARD if kernel == "forward" else BACKWARD]
-        monkeypatch.setattr(triton_impl, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
+        monkeypatch.setattr(triton_launches, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
     assert check() == found
 
 
@@ -362,5 +362,5 @@ def test_kernels_without_a_fault_pass_every_check(variant: Variant, monkeypatch:
     built = variant()
     for kernel in ("forward", "delta", "dq", "dkdv"):
         module = built[FORWARD if kernel == "forward" else BACKWARD]
-        monkeypatch.setattr(triton_impl, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
+        monkeypatch.setattr(triton_launches, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
     assert numbers() == set()

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from antlm_fast.kernels.attention import attention_varlen, triton_impl
+from antlm_fast.kernels.attention import attention_varlen, triton_launches
 from antlm_fast.kernels.triton_support import launch as launching
 from antlm_fast.kernels.triton_support.interpreter import interpreting
 from antlm_fast.kernels.triton_support.launch import Launch, Tile
@@ -55,7 +55,7 @@ def _assert_right(head_dim: int, dtype: torch.dtype = torch.float32, **options: 
 @pytest.mark.parametrize("block_m", [16, 32, 64])
 @pytest.mark.parametrize("block_n", [16, 32, 64])
 def test_every_shape_of_tile(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: Tile(block_m, block_n, 4, 1))
+    monkeypatch.setattr(triton_launches, "tile_for", lambda *_: Tile(block_m, block_n, 4, 1))
     _assert_right(16)
 
 
@@ -94,7 +94,7 @@ def test_the_host_chooses_64_bits_where_32_are_too_few() -> None:
         starts = torch.empty(2, dtype=torch.int32)
         for longest, wide in ((174_000, False), (175_000, True)):
             q = torch.empty(longest, 3, 32, 128).unbind(1)[0]
-            call = triton_impl._Call(
+            call = triton_launches.AttentionLaunches(
                 q, q, q, starts, starts, starts[:1], None, 1.0, 0.0, longest, longest, False, "sm_90", "half"
             )
             assert call.arguments["WIDE"] == wide
@@ -115,7 +115,7 @@ def test_a_tile_that_does_not_fit_is_replaced_once(
     original = Launch.launch
     monkeypatch.setattr(Launch, "launch", launch)
     monkeypatch.setattr(launching, "_replaced", {})
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: Tile(128, 64, 8, 3))
+    monkeypatch.setattr(triton_launches, "tile_for", lambda *_: Tile(128, 64, 8, 3))
     with caplog.at_level(logging.WARNING):
         _assert_right(16)
     by_kernel = 4  # for each: 3 stages, 2, 1, then half the rows, which fits
@@ -143,8 +143,8 @@ def test_every_tile_of_the_table_is_there() -> None:
         for head_dim in (1, 16, 17, 64, 80, 128, 129, 256):
             for kernel in ("forward", "dq", "dkdv"):
                 for kind in ("half", "ieee") if arch == "gfx942" else ("half", "tf32", "ieee"):
-                    assert triton_impl.tile_for(f"{kernel} {kind}", arch, head_dim).block_m >= 16
-            assert triton_impl.tile_for("delta", arch, head_dim).block_m >= 16
+                    assert triton_launches.tile_for(f"{kernel} {kind}", arch, head_dim).block_m >= 16
+            assert triton_launches.tile_for("delta", arch, head_dim).block_m >= 16
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from antlm_fast.testing.budget import assert_within_budget
 
 pytest.importorskip("triton")
 
-from antlm_fast.kernels.attention import triton_impl
+from antlm_fast.kernels.attention import triton_launches
 
 Executing = Callable[[str], AbstractContextManager[list[str]]]
 # the matrix product that the compiler chooses
@@ -26,7 +26,7 @@ PREFIXES = (0, 3, 2**31 - 1, 40, 0)  # causal, prefix, bidirectional, prefix, ca
 @pytest.fixture(params=INSTRUCTIONS)
 def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The backward's tensors say where they really lie, so the tiles of the architecture are named here."""
-    monkeypatch.setattr(triton_impl, "arch_of", lambda device: request.param)
+    monkeypatch.setattr(triton_launches, "arch_of", lambda device: request.param)
     return request.param
 
 

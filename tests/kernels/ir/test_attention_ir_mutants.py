@@ -20,7 +20,7 @@ from antlm_fast.kernels.attention import attention_varlen
 
 pytest.importorskip("triton")
 
-from antlm_fast.kernels.attention import triton_impl
+from antlm_fast.kernels.attention import triton_launches
 from antlm_fast.kernels.triton_support.launch import Tile
 
 Executing = Callable[[str], AbstractContextManager[list[str]]]
@@ -128,8 +128,8 @@ def test_a_missing_mask_is_caught(
 
     kernel, change, batch, message = MUTANTS[fault]
     module = variant(change)[FORWARD if kernel == "forward" else BACKWARD]
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: Tile(32, 32, 4, 2))
-    monkeypatch.setattr(triton_impl, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
+    monkeypatch.setattr(triton_launches, "tile_for", lambda *_: Tile(32, 32, 4, 2))
+    monkeypatch.setattr(triton_launches, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
     with pytest.raises(KernelFault, match=message), executing_ttgir(arch):
         _train_step(*batch)
 
@@ -138,7 +138,7 @@ def test_a_missing_mask_is_caught(
 def test_the_same_steps_without_a_fault_are_accepted(
     executing_ttgir: Executing, monkeypatch: pytest.MonkeyPatch, arch: str
 ) -> None:
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: Tile(32, 32, 4, 2))
+    monkeypatch.setattr(triton_launches, "tile_for", lambda *_: Tile(32, 32, 4, 2))
     batches = (ALONE, SLACK, PACKED)
     with executing_ttgir(arch) as modules:
         results = [_train_step(*batch) for batch in batches]

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime.jit import JITFunction
 
-from antlm_fast.kernels.attention import triton_impl
+from antlm_fast.kernels.attention import triton_launches
 from antlm_fast.kernels.triton_support.offline import standing_in, target
 
 KERNELS = ("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel")
@@ -50,9 +50,9 @@ def binaries(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Binarie
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", look_up)
     monkeypatch.setattr(api, "unavailable_reason", lambda device_type: None)
-    monkeypatch.setattr(triton_impl, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(triton_launches, "arch_of", lambda device: "sm_90")
     for name in KERNELS:
-        kernel = getattr(triton_impl, name)
+        kernel = getattr(triton_launches, name)
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     with standing_in(target("sm_90")):
         yield seen
@@ -106,7 +106,7 @@ def test_flags_lengths_batches_and_heads_share_one_binary(binaries: Binaries) ->
     assert [binaries.launches[name] for name in KERNELS] == [steps] * 4
     assert binaries.counts() == [1, 1, 1, 1]
     # nor does a launch look anything up anew: Triton's table of specialisations holds one row a kernel
-    assert [len(getattr(triton_impl, name).device_caches[0][0]) for name in KERNELS] == [1, 1, 1, 1]
+    assert [len(getattr(triton_launches, name).device_caches[0][0]) for name in KERNELS] == [1, 1, 1, 1]
     # without groups (one key head for each query head) dK/dV has no loop over a group: one binary more, for all flags
     for heads in (1, 3, 16):
         for flags in _flags(2):
