@@ -28,7 +28,8 @@ KINDS = ("half", "tf32", "ieee")
 KERNELS = ("forward", "delta", "dq", "dkdv")
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 COMPARED_HEAD_DIMS = (64, 128)
-_HEADS, _KV_HEADS = 8, 4  # no kernel is specialised on them
+_HEADS = 8
+_GROUPED_KV_HEADS = 2  # dK/dV is another binary where a key head serves several query heads
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
     kind: str
     head_dim: int
     kernel: str
-    option: str = ""  # "dropout", "float16" or neither
+    option: str = ""  # "dropout", "float16", "gqa" or none
 
     @property
     def name(self) -> str:
@@ -69,6 +70,8 @@ def configurations(
                         yield Config(arch, kind, head_dim, kernel, "float16")
                         if kernel != "delta":
                             yield Config(arch, kind, head_dim, kernel, "dropout")
+                        if kernel == "dkdv":
+                            yield Config(arch, kind, head_dim, kernel, "gqa")
 
 
 def launch_of(config: Config) -> Launch:
@@ -79,7 +82,7 @@ def launch_of(config: Config) -> Launch:
         half if config.kind == "half" else torch.float32,
         config.head_dim,
         _HEADS,
-        _KV_HEADS,
+        _GROUPED_KV_HEADS if config.option == "gqa" else _HEADS,
         dropout=config.option == "dropout",
         kind=config.kind,
     )
