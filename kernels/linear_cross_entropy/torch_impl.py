@@ -68,7 +68,8 @@ class _SummedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> Any:
         if ctx.gradients is None:
-            gradients = _products(*ctx.saved_tensors, upstream, ctx.wanted, ctx.options)
+            hidden, weight, d_logits = ctx.saved_tensors
+            gradients = _products(hidden, weight, d_logits, upstream, ctx.wanted, ctx.options)
         else:
             gradients = tuple(None if x is None else x * upstream for x in ctx.saved_tensors)
         return *_cast(gradients, ctx.dtypes), None, None, None, None
