@@ -91,7 +91,12 @@ def test_a_wrong_attention_gets_no_figure(monkeypatch):
     wrong = [row for row in rows if row.provider == "eager bmm + softmax"]
     assert len(wrong) == 2
     assert all(row.seconds == () and row.reason.startswith("AssertionError: result: error") for row in wrong)
-    assert all(row.reason is None for row in rows if row not in wrong)
+    on_gpus = [row for row in rows if row.provider == "antlm_fast triton"]
+    assert len(on_gpus) == 2
+    assert all(
+        row.seconds == () and row.reason.startswith("UnsupportedError: attention(impl='triton')") for row in on_gpus
+    )
+    assert all(row.reason is None for row in rows if row not in wrong + on_gpus)
 
 
 def test_a_wrong_visibility_gets_no_figure():
