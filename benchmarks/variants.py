@@ -1,4 +1,4 @@
-"""Attention's kernels with a line changed: constexpr visibility to compare with, and planted faults to be caught."""
+"""Kernels with a line changed: constexpr visibility to compare with, and planted faults to be caught."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import importlib.util
 import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from antlm_fast.kernels.attention import triton_backward, triton_forward, triton_visibility
 
-_MODULES = {
-    module.__name__.rpartition(".")[2]: module for module in (triton_visibility, triton_forward, triton_backward)
-}
+_ATTENTION = (triton_visibility, triton_forward, triton_backward)
 _number = itertools.count()
 
 
-def variant(*changes: tuple[str, str, str]) -> dict[str, ModuleType]:
+def variant(*changes: tuple[str, str, str], modules: Sequence[ModuleType] = _ATTENTION) -> dict[str, ModuleType]:
     """The modules of the kernels, by file name without .py, built from changed copies of their sources.
 
     Args:
         changes: (file name without .py, text there, text in its place), every place of the text.
+        modules: one op's, each after those it imports; default: attention's.
 
     Raises:
         ValueError: a text is not there, so nothing would be changed.
@@ -30,7 +30,10 @@ def variant(*changes: tuple[str, str, str]) -> dict[str, ModuleType]:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)  # as long as the process: Triton reads a kernel's source when it compiles
     package = f"antlm_fast_variant_{next(_number)}"
-    sources = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in _MODULES.items()}
+    op = modules[0].__name__.rpartition(".")[0]
+    sources = {
+        module.__name__.rpartition(".")[2]: Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules
+    }
     for name, old, new in changes:
         if old not in sources[name]:
             raise ValueError(f"{name}.py must hold the text to change; got {old!r}")
@@ -38,7 +41,7 @@ def variant(*changes: tuple[str, str, str]) -> dict[str, ModuleType]:
     built = {}
     for name, source in sources.items():
         path = Path(folder.name) / f"{name}.py"
-        path.write_text(source.replace("antlm_fast.kernels.attention.triton_", f"{package}.triton_"), encoding="utf-8")
+        path.write_text(source.replace(f"{op}.triton_", f"{package}.triton_"), encoding="utf-8")
         built[name] = _load(f"{package}.{name}", path)
     return built
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
 from antlm_fast.kernels.linear_cross_entropy import reference, torch_impl
-from antlm_fast.kernels.linear_cross_entropy.contract import LossMetrics, LossOptions
+from antlm_fast.kernels.linear_cross_entropy.contract import LossMetrics, LossOptions, RowResults
 from antlm_fast.kernels.linear_cross_entropy.labelled import IGNORE_INDEX, LabelledRows, labelled_rows
+from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("none", "sum", "mean")
@@ -36,9 +37,22 @@ def _serves_everything(call: LinearCrossEntropyCall) -> str | None:
     return None
 
 
+def _triton_unsupported_reason(call: LinearCrossEntropyCall) -> str | None:
+    if call.dtype == torch.float64:
+        return "the Triton kernels compute float16, bfloat16 and float32, not float64"
+    return unavailable_reason(call.device_type)
+
+
+def _triton(*args: Any) -> RowResults:
+    from antlm_fast.kernels.linear_cross_entropy import triton_impl
+
+    return triton_impl.forward(*args)
+
+
 # the order is the preference of impl="auto"
 TABLE: Table[LinearCrossEntropyCall] = {
     "torch": Implementation(_serves_everything, torch_impl.forward),
+    "triton": Implementation(_triton_unsupported_reason, _triton),
     "reference": Implementation(_serves_everything, reference.forward),
 }
 OPS: dict[str, Table[LinearCrossEntropyCall]] = {"linear_cross_entropy": TABLE}
