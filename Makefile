@@ -1,7 +1,7 @@
 # make demo   train and evaluate on the built-in corpus, in its own virtual environment
 # make test   format, types and all tests, in the same environment
 # make ir     execute what Triton compiles for three GPU architectures, on the CPU
-# make aot    compile every shipped kernel for every architecture; compare registers, spills, memory and loops with
+# make aot    compile the shipped kernels for every architecture; compare registers, spills, memory and loops with
 #             benchmarks/aot_table.json (minutes)
 #
 # torch is chosen for your hardware, once, and never replaced:
@@ -27,6 +27,7 @@ TYPED := $(VENV)/typed/antlm_fast
 TTSEM := ttsem==0.1.0
 # what the Triton kernels' sources are tested by, in a process whose Triton interprets
 INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_properties.py \
+  tests/kernels/test_linear_cross_entropy.py tests/kernels/test_triton_cross_entropy.py \
   tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
   tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
 

@@ -39,7 +39,7 @@ def report_lines() -> Iterator[str]:
     yield f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch        {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     yield f"device       {device}: {_device_name(device)}; precision auto means {resolve_precision('auto', device)}"
-    yield f"compiler     {shutil.which('c++') or 'none'} (no kernel of this version needs one)"
+    yield f"compiler     {shutil.which('c++') or 'none'} (only Triton may want one, for its launcher)"
     for package, purpose in OPTIONAL.items():
         yield f"{package:13}{_version(package):16}{purpose}"
     for op, rows in _operations(device):

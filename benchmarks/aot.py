@@ -1,9 +1,8 @@
 """The gate of compiled kernels, for GPUs that need not be there: `python benchmarks/aot.py`.
 
-Compiles attention's kernels in every shipped configuration, reads registers, spills, shared memory and the
-instructions of the main loops from the binaries, and fails where they grew against benchmarks/aot_table.json. No
-kernel runs, so nothing here is a time. A change that is meant: `python benchmarks/aot.py --write --compare`.
-"""
+Compiles attention's and the loss's kernels in the shipped configurations, reads registers, spills, shared memory and
+the instructions of the main loops from the binaries, and fails where they grew against benchmarks/aot_table.json. No
+kernel runs, so nothing here is a time. A change that is meant: `python benchmarks/aot.py --write --compare`."""
 
 from __future__ import annotations
 
@@ -30,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", metavar="ARCH", help="such as sm_90; default: all, as for the next three")
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="half, tf32, ieee")
-    parser.add_argument("--head-dims", nargs="+", type=int, metavar="N")
-    parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="forward, delta, dq, dkdv")
+    parser.add_argument("--head-dims", nargs="+", type=int, metavar="N", help="head sizes; the loss's is 768")
+    parser.add_argument(
+        "--kernels", nargs="+", metavar="KERNEL", help="forward, delta, dq, dkdv, loss_forward, loss_d_logits"
+    )
     parser.add_argument(
         "--write", action="store_true", help="put what was compiled into the table, then judge by rules"
     )
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, known in (
         ("archs", aot_compile.ARCHS),
         ("kinds", aot_compile.KINDS),
-        ("head_dims", aot_compile.HEAD_DIMS),
+        ("head_dims", aot_compile.SIZES),
         ("kernels", aot_compile.KERNELS),
     ):
         asked = getattr(arguments, option) or known

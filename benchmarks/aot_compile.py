@@ -1,4 +1,4 @@
-"""Attention's shipped kernels compiled for GPUs that are not there, and what each binary costs.
+"""The shipped kernels compiled for GPUs that are not there, and what each binary costs.
 
 `row_of` and `comparison_of` take and return plain values, so that processes can share the work.
 """
@@ -20,13 +20,19 @@ from sass import resources
 from variants import constexpr_visibility
 
 from antlm_fast.kernels.attention.triton_launches import offline_launches
+from antlm_fast.kernels.linear_cross_entropy.triton_launches import offline_launches as loss_launches
 from antlm_fast.kernels.triton_support.launch import Launch, Tile, padded_head_dim
 from antlm_fast.kernels.triton_support.offline import TARGETS, compile_offline, target
 
 ARCHS = tuple(TARGETS)
 KINDS = ("half", "tf32", "ieee")
-KERNELS = ("forward", "delta", "dq", "dkdv")
+ATTENTION_KERNELS = ("forward", "delta", "dq", "dkdv")
+LOSS_KERNELS = ("loss_forward", "loss_d_logits")
+KERNELS = (*ATTENTION_KERNELS, *LOSS_KERNELS)
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
+LOSS_HIDDEN_SIZE = 768  # one size stands for all that are multiples of 16: it is no constant of the kernels
+LOSS_VOCAB_SIZE = 32768
+SIZES = (*HEAD_DIMS, LOSS_HIDDEN_SIZE)
 COMPARED_HEAD_DIMS = (64, 128)
 _HEADS = 8
 _GROUPED_KV_HEADS = 2  # dK/dV is another binary where a key head serves several query heads
@@ -34,13 +40,13 @@ _GROUPED_KV_HEADS = 2  # dK/dV is another binary where a key head serves several
 
 @dataclass(frozen=True)
 class Config:
-    """One shipped kernel: what a launch's binary depends on."""
+    """One shipped kernel: what a launch's binary depends on. The loss's kernels have a hidden size for a head size."""
 
     arch: str
     kind: str
     head_dim: int
     kernel: str
-    option: str = ""  # "dropout", "float16", "gqa" or none
+    option: str = ""  # "dropout", "float16", "gqa", of the loss "options" (bias, softcap, smoothing), or none
 
     @property
     def name(self) -> str:
@@ -50,7 +56,7 @@ class Config:
 def configurations(
     archs: tuple[str, ...] = ARCHS,
     kinds: tuple[str, ...] = KINDS,
-    head_dims: tuple[int, ...] = HEAD_DIMS,
+    head_dims: tuple[int, ...] = SIZES,
     kernels: tuple[str, ...] = KERNELS,
 ) -> Iterator[Config]:
     """Every shipped configuration, or those of some architectures, kinds of numbers, head sizes and kernels."""
@@ -58,11 +64,15 @@ def configurations(
         for kind in kinds:
             if kind == "tf32" and arch == "gfx942":
                 continue  # launch.kind_of never answers it there
-            for head_dim in head_dims:
+            if LOSS_HIDDEN_SIZE in head_dims:
+                for kernel in (name for name in LOSS_KERNELS if name in kernels):
+                    yield Config(arch, kind, LOSS_HIDDEN_SIZE, kernel)
+                    yield Config(arch, kind, LOSS_HIDDEN_SIZE, kernel, "options")
+            for head_dim in (size for size in head_dims if size != LOSS_HIDDEN_SIZE):
                 padded = padded_head_dim(head_dim) != head_dim
                 if padded and kind != "half":
                     continue
-                for kernel in kernels:
+                for kernel in (name for name in ATTENTION_KERNELS if name in kernels):
                     if kernel == "delta" and kind == "tf32":
                         continue  # it multiplies no matrices: the binary of ieee
                     yield Config(arch, kind, head_dim, kernel)
@@ -77,6 +87,19 @@ def configurations(
 def launch_of(config: Config) -> Launch:
     """The launch of a configuration, with the table's tile."""
     half = torch.float16 if config.option == "float16" else torch.bfloat16
+    if config.kernel in LOSS_KERNELS:
+        everything = config.option == "options"
+        launches = loss_launches(
+            config.arch,
+            half if config.kind == "half" else torch.float32,
+            config.head_dim,
+            LOSS_VOCAB_SIZE,
+            kind=config.kind,
+            biased=everything,
+            softcap=everything,
+            smoothed=everything,
+        )
+        return launches[LOSS_KERNELS.index(config.kernel)]
     launches = offline_launches(
         config.arch,
         half if config.kind == "half" else torch.float32,
@@ -144,7 +167,9 @@ def comparison_cases(
     """Where visibility as data is compared with visibility as a constant: NVIDIA, bfloat16, head sizes 64 and 128."""
     chosen = tuple(head_dim for head_dim in head_dims if head_dim in COMPARED_HEAD_DIMS)
     nvidia = tuple(arch for arch in archs if arch.startswith("sm_"))
-    found = configurations(nvidia, ("half",), chosen, tuple(name for name in kernels if name != "delta"))
+    found = configurations(
+        nvidia, ("half",), chosen, tuple(name for name in kernels if name in ("forward", "dq", "dkdv"))
+    )
     return [config for config in found if not config.option]
 
 

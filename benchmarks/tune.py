@@ -5,7 +5,8 @@
     python benchmarks/tune.py --without-gpu --archs sm_90 --head-dims 64
 
 Candidates are in order of preference: large tiles, which read keys and values least often, come first. One that spills,
-or needs more shared memory than the architecture has, is passed over while another is left.
+or needs more shared memory than the architecture has, is passed over while another is left. Afterwards
+`python benchmarks/aot.py --write --compare` must follow, since the table of resources is that of the tiles.
 """
 
 from __future__ import annotations
@@ -25,20 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from antlm_fast.kernels.attention.triton_launches import TILES, offline_launches
 from antlm_fast.kernels.triton_support.launch import Launch, Tile, arch_of
 from antlm_fast.kernels.triton_support.offline import TARGETS
+from benchmarks.aot_report import SHARED_LIMIT
 from benchmarks.sass import resources
 
 KERNELS = ("forward", "delta", "dq", "dkdv")
 KINDS = {"half": torch.bfloat16, "half dropout": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
-SHARED_BYTES = {  # the most that one program may have
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_120": 101376,
-    "gfx942": 65536,
-}
 # block_m, block_n, warps, stages
 _FORWARD_TILES = (
     (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2),
@@ -69,7 +62,7 @@ def choose_without_gpu(arch: str, kind: str, head_dim: int, kernel: str) -> Tile
     best, least = None, None
     for tile in candidates(kernel, kind, head_dim):
         found = resources(replace(launch, tile=tile).compile_for(TARGETS[arch]))
-        if found["shared_bytes"] > SHARED_BYTES[arch]:
+        if found["shared_bytes"] > SHARED_LIMIT[arch]:
             continue
         spilled = found.get("spill_store_bytes", found.get("vgpr_spills"))
         if least is None or spilled < least:

@@ -100,6 +100,9 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(prefix_len, int):
         prefix_len = torch.full((1,), prefix_len, dtype=torch.int32, device=q.device).expand(cu_q.numel() - 1)
+    else:
+        prefix_len = prefix_len.clone()  # a flag may be changed in place before the backward reads it again
+    dropout_seed = None if dropout_seed is None else dropout_seed.clone()
     if softmax_scale < 0:  # the kernels scale the maximum, not the scores, which keeps the order only upwards
         q, softmax_scale = -q, -softmax_scale
     out, log2_sums = forward_op(
@@ -232,7 +235,6 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
     *call, out, log2_sums = ctx.saved_tensors
-    d_out = d_out.contiguous()
     arguments = (d_out, log2_sums, delta_op(out, d_out), *call, *ctx.settings)
     wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
     dq = backward_q_op(*arguments) if wants_q else None

@@ -5,6 +5,7 @@ The same description is launched on a device, or compiled for one that is not th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,14 @@ def delta_launch(out: torch.Tensor, d_out: torch.Tensor, delta: torch.Tensor, ar
 def tile_for(use: str, arch: str, head_dim: int) -> Tile:
     """The tile that the table gives a kernel: "delta", or "forward", "dq", "dkdv" with the kind of its numbers.
 
-    With " dropout" at the end it is the row for dropout, where the table has one for the head size.
+    With " dropout" at the end it is the row for dropout; where the table has none for the head size, one stage less, for
+    the mask takes shared memory too.
     """
     uses, size = read_tiles(TILES)[arch], str(padded_head_dim(head_dim))
-    return uses.get(use, {}).get(size) or uses[use.removesuffix(" dropout")][size]
+    if tile := uses.get(use, {}).get(size):
+        return tile
+    tile = uses[use.removesuffix(" dropout")][size]
+    return replace(tile, num_stages=max(tile.num_stages - 1, 1))
 
 
 class AttentionLaunches:
@@ -101,7 +106,8 @@ class AttentionLaunches:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         self.total_q, self.heads, self.head_dim = q.shape
         self.total_k, self.kv_heads, _ = k.shape
-        self.max_q, self.max_k = max_q, max_k
+        # a caller may name any bound; none is larger than the rows there are
+        self.max_q, self.max_k = max_q, max_k = min(max_q, self.total_q), min(max_k, self.total_k)
         self.sequences = cu_q.numel() - 1 + slack  # the slack's programs are those of one more sequence
         self.softmax_scale = softmax_scale
         self.arch, self.kind = arch or arch_of(q.device), kind or kind_of(q.dtype)
@@ -132,7 +138,7 @@ class AttentionLaunches:
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": padded_head_dim(self.head_dim),
             "DROPOUT": dropout_seed is not None,
-            "PRECISION": "ieee" if self.kind == "ieee" else "tf32",
+            "PRECISION": "tf32" if self.kind == "tf32" else "ieee",  # 16-bit products know no difference
             "WIDE": furthest >= 2**31,
         }
 
@@ -157,7 +163,7 @@ class AttentionLaunches:
         return Launch(dkdv_kernel, self._key_tiles, arguments, self._tile("dkdv"))
 
     def _backward(self, d_out: torch.Tensor, log2_sums: torch.Tensor, delta: torch.Tensor) -> dict[str, Any]:
-        tensors = {"d_out_ptr": d_out, "log2_sums_ptr": log2_sums, "delta_ptr": delta}
+        tensors = {"d_out_ptr": d_out.contiguous(), "log2_sums_ptr": log2_sums, "delta_ptr": delta}
         return {**self.arguments, **tensors, "softmax_scale": self.softmax_scale}
 
     def _row_tiles(self, tile: Tile) -> int:

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
+from antlm_fast.kernels.dispatch import UnsupportedError
 from antlm_fast.kernels.triton_support.interpreter import correct_bfloat16
 from antlm_fast.kernels.triton_support.offline import compile_offline
 
@@ -89,7 +90,8 @@ class Launch:
         """
         correct_bfloat16()
         constants = tuple(value for name, value in self.arguments.items() if name.isupper())
-        key = (self.kernel, constants, self.tile, device)
+        dtypes = tuple(x.dtype for x in self.arguments.values() if isinstance(x, torch.Tensor))
+        key = (self.kernel, constants, dtypes, self.arguments.get("group"), self.tile, device)
         tile = _replaced.get(key, self.tile)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             while True:
@@ -138,17 +140,25 @@ def arch_of(device: torch.device) -> str:
 
 def _nearest(capability: tuple[int, int]) -> str:
     known = [key for key in _CAPABILITIES if key <= capability]
+    if not known:
+        raise UnsupportedError("Triton kernels need compute capability 8.0; the device has {}.{}".format(*capability))
     return _CAPABILITIES[max(known)]
 
 
 def kind_of(dtype: torch.dtype) -> str:
     """What the matrix units multiply: "half" (float16, bfloat16), or for float32 "tf32" or "ieee".
 
-    float32 follows torch.set_float32_matmul_precision: "highest", torch's own default, is "ieee".
+    float32 follows torch's setting for matrix products on CUDA (torch.set_float32_matmul_precision, or
+    torch.backends.cuda.matmul.fp32_precision), which by default is IEEE.
     """
     if dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" or torch.version.hip else "tf32"
+    if torch.version.hip:
+        return "ieee"
+    # torch's newer setting, where it has one: asking by the older name raises once the newer was used
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.get_float32_matmul_precision() != "highest" if newer is None else newer == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def padded_head_dim(head_dim: int) -> int:

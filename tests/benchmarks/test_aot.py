@@ -111,7 +111,7 @@ def test_a_row_or_a_main_loop_that_is_missing_is_a_line(gate):
     assert judged(gate, None, row()) == [f"{NAME}: row was missing from the table, is there"]
     one_loop = row(loops=row()["loops"][:1])
     assert judged(gate, row(), one_loop) == [
-        f"{NAME}: main loops must be 2, unmasked and masked; got 1",
+        f"{NAME}: main loops must be 2; got 1",
         f"{NAME}: main loops was 2, is 1",
     ]
 

@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # sequences cross many of their edges
 PLAIN = ("reference", "torch", "torch, all fused", "torch, device plan")
 TRITON = ("triton", "triton small")
-SMALL_TILES = {"delta": (16, 16), "forward": (16, 32), "dq": (32, 16), "dkdv": (16, 32)}
+SMALL_TILES = {"delta": (128, 16), "forward": (32, 32), "dq": (32, 32), "dkdv": (32, 32)}
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from antlm_fast.kernels.attention import attention_varlen, triton_launches
+from antlm_fast.kernels.attention import attention, attention_varlen, triton_launches
 from antlm_fast.kernels.triton_support import launch as launching
 from antlm_fast.kernels.triton_support.interpreter import interpreting
 from antlm_fast.kernels.triton_support.launch import Launch, Tile
@@ -153,3 +155,85 @@ def test_every_tile_of_the_table_is_there() -> None:
 )
 def test_a_gpu_takes_the_newest_row_not_newer_than_itself(capability: tuple[int, int], arch: str) -> None:
     assert launching._nearest(capability) == arch
+
+
+@pytest.mark.parametrize("way", ["set_float32_matmul_precision", "allow_tf32", "fp32_precision"])
+def test_float32_follows_each_of_torchs_settings(way: str) -> None:
+    """In a process of its own: torch refuses to be asked by an old name once a new one was used."""
+    setting = {
+        "set_float32_matmul_precision": "torch.set_float32_matmul_precision('high')",
+        "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+        "fp32_precision": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    }[way]
+    code = f"""
+import torch
+from antlm_fast.kernels.triton_support.launch import kind_of
+before = kind_of(torch.float32)
+{setting}
+print(before, kind_of(torch.float32), kind_of(torch.bfloat16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee", "tf32", "half"]
+
+
+@needs_kernels
+def test_a_bound_beyond_all_rows_is_served() -> None:
+    q = torch.randn(20, 2, 16, device=DEVICE)
+    starts = torch.tensor([0, 5, 20], dtype=torch.int32, device=DEVICE)
+    wanted = attention_varlen(q, q, q, starts, starts, 15, 15, causal=True, impl="triton")
+    huge = 2**31 - 1
+    assert torch.equal(attention_varlen(q, q, q, starts, starts, huge, huge, causal=True, impl="triton"), wanted)
+
+
+@needs_kernels
+@pytest.mark.parametrize("changed", ["prefix_len", "dropout_seed"])
+def test_a_flag_may_change_before_the_backward(changed: str) -> None:
+    q = torch.randn(1, 20, 2, 16, device=DEVICE, requires_grad=True)
+    flags = {
+        "prefix_len": torch.tensor([7], dtype=torch.int32, device=DEVICE),
+        "dropout_seed": torch.tensor(3, device=DEVICE),
+    }
+    gradients = []
+    for change in (False, True):
+        out = attention(q, q, q, **flags, dropout_p=0.2, impl="triton")
+        if change:
+            flags[changed].add_(1)
+        gradients.append(torch.autograd.grad(out.square().sum(), q)[0])
+    assert torch.equal(*gradients)
+
+
+@needs_kernels
+def test_an_upstream_gradient_of_any_layout() -> None:
+    q = torch.randn(1, 20, 2, 16, device=DEVICE, requires_grad=True)
+    upstream = torch.randn(1, 16, 2, 20, device=DEVICE).transpose(1, 3)
+    out = attention(q, q, q, causal=True, impl="triton")
+    wanted = torch.autograd.grad(out, q, upstream.contiguous(), retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(out, q, upstream)[0], wanted)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_flag_and_nothing_waits() -> None:
+    q = torch.randn(2, 100, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    flag = torch.ones((), dtype=torch.bool, device="cuda")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        out = attention(q, q, q, causal=flag, impl="triton")
+        return out, torch.autograd.grad(out, q, torch.ones_like(out))[0]
+
+    wanted = {}
+    for causal in (True, False):
+        flag.fill_(causal)
+        wanted[causal] = [x.clone() for x in step()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for causal in (True, False, True):
+        flag.fill_(causal)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted[causal], strict=True))
