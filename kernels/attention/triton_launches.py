@@ -73,8 +73,8 @@ def delta_launch(out: torch.Tensor, d_out: torch.Tensor, delta: torch.Tensor, ar
 def tile_for(use: str, arch: str, head_dim: int) -> Tile:
     """The tile that the table gives a kernel: "delta", or "forward", "dq", "dkdv" with the kind of its numbers.
 
-    With " dropout" at the end it is the row for dropout; where the table has none for the head size, one stage less, for
-    the mask takes shared memory too.
+    With " dropout" at the end it is the row for dropout; where the table has none for the head size, one stage less,
+    for the mask takes shared memory too.
     """
     uses, size = read_tiles(TILES)[arch], str(padded_head_dim(head_dim))
     if tile := uses.get(use, {}).get(size):
