@@ -29,7 +29,7 @@ OPTIONAL = {
     "datasets": "--data hf:NAME",
     "tensorboard": "logging.tensorboard=true",
     "transformers": "loading exported models, tests (extra: hf)",
-    "triton": "fused attention on GPUs (extra: gpu)",
+    "triton": "fused attention and loss on GPUs (extra: gpu)",
 }
 
 

@@ -150,9 +150,8 @@ def test_recipes_and_doctor_tell_what_there_is(capsys, monkeypatch):
     told = capsys.readouterr().out
     reason = unavailable_reason("cpu")
     assert reason is not None
-    assert told.count(f"  triton     {reason}\n") == 2  # attention and attention_varlen
-    assert "  triton     this version has no triton implementation of linear_cross_entropy\n" in told
-    assert "fused attention on GPUs (extra: gpu)" in told
+    assert told.count(f"  triton     {reason}\n") == 3  # attention, attention_varlen, linear_cross_entropy
+    assert "fused attention and loss on GPUs (extra: gpu)" in told
     assert told.count("torch      serves, and auto takes it") == 3
 
 

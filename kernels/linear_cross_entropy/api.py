@@ -141,7 +141,7 @@ def linear_cross_entropy(
         hidden: (rows, hidden_size); float16, bfloat16, float32 or float64.
         weight: (vocab, hidden_size), of hidden's dtype (under autocast, of any dtype).
         targets: int64 (rows,), each in [0, vocab) or ignore_index. The CPU checks this; on CUDA, where a check would
-            stall the device, it is the caller's duty.
+            stall the device, it is the caller's duty, unless torch.autograd.set_detect_anomaly asks for checks.
         bias: (vocab,), of weight's dtype; None is none.
         ignore_index: the target of the rows that are not labelled: they add nothing to loss or gradients. On the CPU
             they do not go through the head at all.
@@ -187,6 +187,8 @@ def linear_cross_entropy(
     hidden = labelled.gather(hidden)
     if labelled.counts is None:
         _check_targets(labelled.targets, weight.shape[0], ignore_index)
+    elif torch.is_anomaly_enabled():
+        _check_targets(labelled.targets[labelled.counts], weight.shape[0], ignore_index)
     call = LinearCrossEntropyCall(hidden.device.type, compute_dtype, hidden.shape[1], weight.shape[0], reduction)
     chosen = choose("linear_cross_entropy", TABLE, impl, call)
     options = LossOptions(

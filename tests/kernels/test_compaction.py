@@ -150,3 +150,13 @@ def test_sums_by_group_of_a_mixed_batch(on_device: bool, impl: str) -> None:
 def test_ties_count_as_right() -> None:
     _, metrics = linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]), return_metrics=True)
     assert metrics.correct.tolist() == [True, True]
+
+
+def test_targets_out_of_range_are_found_on_a_device_where_checks_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(labelled, "_host_may_read", lambda x: False)
+    targets = torch.tensor([0, IGNORED, 5])
+    message = re.escape("targets must be in [0, 5) or ignore_index -100; got 5")
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match=message):
+        linear_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), targets)
