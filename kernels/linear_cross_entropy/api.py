@@ -187,7 +187,7 @@ def linear_cross_entropy(
     hidden = labelled.gather(hidden)
     if labelled.counts is None:
         _check_targets(labelled.targets, weight.shape[0], ignore_index)
-    elif torch.is_anomaly_enabled():
+    elif not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         _check_targets(labelled.targets[labelled.counts], weight.shape[0], ignore_index)
     call = LinearCrossEntropyCall(hidden.device.type, compute_dtype, hidden.shape[1], weight.shape[0], reduction)
     chosen = choose("linear_cross_entropy", TABLE, impl, call)
