@@ -139,12 +139,12 @@ def linear_cross_entropy(
 
     Args:
         hidden: (rows, hidden_size); float16, bfloat16, float32 or float64.
-        weight: (vocab, hidden_size), of hidden's dtype (under autocast, of any dtype).
+        weight: (vocab, hidden_size), of hidden's dtype (under autocast, of any dtype but float64).
         targets: int64 (rows,), each in [0, vocab) or ignore_index. The CPU checks this; on CUDA, where a check would
             stall the device, it is the caller's duty, unless torch.autograd.set_detect_anomaly asks for checks.
         bias: (vocab,), of weight's dtype; None is none.
         ignore_index: the target of the rows that are not labelled: they add nothing to loss or gradients. On the CPU
-            they do not go through the head at all.
+            they do not go through the head at all; on CUDA they are masked, and their hidden must be finite.
         reduction: "none" gives (rows,), 0 at rows that are not labelled; "sum" gives (); "mean" gives (), the mean over
             labelled rows, and 0 where there are none.
         z_loss: the weight of lse**2, which keeps logits from drifting.
@@ -210,9 +210,8 @@ def linear_cross_entropy(
         if return_lse:
             return loss, _spread(results.lse, labelled, num_rows)
         if return_metrics:
-            losses, lse, correct = (
-                _spread(x, labelled, num_rows) for x in (results.losses, results.lse, results.correct)
-            )
+            rows = (results.losses.clone(), results.lse, results.correct)  # the loss itself may be the losses
+            losses, lse, correct = (_spread(x, labelled, num_rows) for x in rows)
             return loss, LossMetrics(losses, lse, correct, targets != ignore_index)
         return loss
 

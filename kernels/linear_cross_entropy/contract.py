@@ -69,7 +69,8 @@ class LossMetrics:
         """Sums for each group of rows, such as the objectives of a mixed batch; deterministic, without a sync.
 
         Args:
-            groups: int64 (rows,), each in [0, num_groups); rows without a label may hold anything.
+            groups: int64 (rows,), each in [0, num_groups); rows without a label may hold anything, and labelled rows of
+                another group are in no sum.
             num_groups: how many sums to give.
 
         Raises:

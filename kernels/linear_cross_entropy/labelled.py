@@ -55,8 +55,8 @@ def compact_labelled(
         targets: int64 (rows,).
         ignore_index: the target of a row that is not labelled.
         capacity: room for so many rows, whose number must then not be read from the device: n is the capacity, and the
-            room that is left over is row 0 with the target ignore_index. None takes exactly the labelled rows, which
-            waits for a CUDA device once.
+            room that is left over is row 0 with the target ignore_index (no rows at all stay none). None takes exactly
+            the labelled rows, which waits for a CUDA device once.
 
     Returns:
         LabelledRows, on the targets' device.

@@ -16,6 +16,8 @@ from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions, RowRes
 
 # logits of one block, in the loss's dtype: what a core's cache holds
 _BLOCK_KIB = 1024
+# a float16 product sums no more rows than this, or it might pass 65504
+_FLOAT16_ROWS = 4096
 
 
 def forward(
@@ -69,9 +71,11 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> Any:
         if ctx.gradients is None:
             hidden, weight, d_logits = ctx.saved_tensors
-            gradients = _products(hidden, weight, d_logits, upstream, ctx.wanted, ctx.options)
+            with torch.autocast(hidden.device.type, enabled=False):
+                gradients = _products(hidden, weight, d_logits, upstream, ctx.wanted, ctx.options)
         else:
-            gradients = tuple(None if x is None else x * upstream for x in ctx.saved_tensors)
+            # in the loss's dtype: a loss scale would take float16 out of range
+            gradients = tuple(None if x is None else x.to(ctx.options.dtype) * upstream for x in ctx.saved_tensors)
         return *_cast(gradients, ctx.dtypes), None, None, None, None
 
 
@@ -91,9 +95,17 @@ class _RowLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> Any:
         hidden, weight, bias, targets, counts = ctx.saved_tensors
+        scale = None
+        if ctx.options.compute_dtype == torch.float16 and upstream.numel():
+            # what is rounded to float16 must neither overflow nor vanish, whatever the loss is scaled by
+            largest = upstream if counts is None else upstream.where(counts, 0.0)
+            scale = largest.abs().amax().clamp(min=torch.finfo(upstream.dtype).tiny)
+            upstream = upstream / scale
         with torch.autocast(hidden.device.type, enabled=False):
             run = _Run(hidden, weight, bias, targets, counts, ctx.options)
             gradients = run.gradients(run.chunks(), ctx.wanted, upstream)
+        if scale is not None:
+            gradients = tuple(None if x is None else x.to(ctx.options.dtype) * scale for x in gradients)
         return *_cast(gradients, tuple(None if x is None else x.dtype for x in (hidden, weight, bias))), *[None] * 4
 
 
@@ -160,8 +172,12 @@ class _Run:
     def chunks(self) -> list[slice]:
         """The rows, as many at a time as the workspace holds logits of."""
         rows, vocab_size = self.hidden.shape[0], self.weight.shape[0]
-        size = self.options.compute_dtype.itemsize
-        step = max(1, self.options.workspace_mib * 2**20 // (size * vocab_size))
+        options, size = self.options, self.options.compute_dtype.itemsize
+        if self.hidden.device.type != "cpu":  # a chunk is one block there: its copy, and under a softcap its slope
+            size += options.dtype.itemsize * (1 if options.softcap is None else 2)
+        step = max(1, options.workspace_mib * 2**20 // (size * vocab_size))
+        if options.compute_dtype == torch.float16:
+            step = min(step, _FLOAT16_ROWS)
         return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
     def gradients(
@@ -180,6 +196,7 @@ class _Run:
                 torch.mm(d_logits, self.weight, out=d_hidden[chunk])
             if d_weight is not None:
                 _add_product(d_weight, d_logits.t(), self.hidden[chunk], first=number == 0)
+            del d_logits  # or two chunks would be there at once
         return d_hidden, d_weight, d_bias
 
     def logits_of(self, chunk: slice) -> torch.Tensor:
@@ -249,10 +266,9 @@ class _Run:
         if slope is not None:
             x.mul_(slope)
         if upstream is not None:
-            weights = upstream[rows].to(options.dtype)
-            x.mul_((weights if counted is None else weights.where(counted, 0.0))[:, None])
-        elif counted is not None:
-            x.mul_(counted[:, None])
+            x.mul_(upstream[rows, None].to(options.dtype))
+        if counted is not None:
+            x.masked_fill_(~counted[:, None], 0.0)  # not times 0: an infinity would stay
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
