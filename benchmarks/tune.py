@@ -173,10 +173,10 @@ def main() -> int:
             print(*job, tile, flush=True)
             write({job: tile})
         return 0
-    todo = list(jobs(options.archs or list(TARGETS), options.kinds, options.head_dims))
+    wanted = list(jobs(options.archs or list(TARGETS), options.kinds, options.head_dims))
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        for number, (job, tile) in enumerate(pool.map(_choose, todo), 1):
-            print(f"{number}/{len(todo)}", *job, astuple(tile), flush=True)
+        for number, (job, tile) in enumerate(pool.map(_choose, wanted), 1):
+            print(f"{number}/{len(wanted)}", *job, astuple(tile), flush=True)
             write({job: tile})
     return 0
 
