@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from antlm_fast import models
     from antlm_fast.kernels.attention import attention, attention_varlen
     from antlm_fast.kernels.dispatch import UnsupportedError
-    from antlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
+    from antlm_fast.kernels.linear_cross_entropy import compact_labelled, linear_cross_entropy
     from antlm_fast.pipeline import train
     from antlm_fast.recipes import get_recipe
     from antlm_fast.schedule import Schedule
@@ -27,6 +27,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_varlen",
+    "compact_labelled",
     "get_recipe",
     "linear_cross_entropy",
     "models",
@@ -36,6 +37,7 @@ __all__ = [
 _HOMES = {
     "attention": "kernels.attention",
     "attention_varlen": "kernels.attention",
+    "compact_labelled": "kernels.linear_cross_entropy",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "UnsupportedError": "kernels.dispatch",
     "Schedule": "schedule",
