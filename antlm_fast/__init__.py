@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from antlm_fast import models
     from antlm_fast.kernels.attention import attention, attention_varlen
+    from antlm_fast.kernels.disentangled_attention import disentangled_attention, disentangled_attention_varlen
     from antlm_fast.kernels.dispatch import UnsupportedError
     from antlm_fast.kernels.linear_cross_entropy import compact_labelled, linear_cross_entropy
     from antlm_fast.pipeline import train
@@ -28,6 +29,8 @@ __all__ = [
     "attention",
     "attention_varlen",
     "compact_labelled",
+    "disentangled_attention",
+    "disentangled_attention_varlen",
     "get_recipe",
     "linear_cross_entropy",
     "models",
@@ -38,6 +41,8 @@ _HOMES = {
     "attention": "kernels.attention",
     "attention_varlen": "kernels.attention",
     "compact_labelled": "kernels.linear_cross_entropy",
+    "disentangled_attention": "kernels.disentangled_attention",
+    "disentangled_attention_varlen": "kernels.disentangled_attention",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "UnsupportedError": "kernels.dispatch",
     "Schedule": "schedule",

@@ -243,9 +243,12 @@ def _fill(options: argparse.Namespace) -> None:
 def _recipes_list(options: argparse.Namespace) -> None:
     from antlm_fast.recipes import RECIPES
 
+    wide = max(map(len, RECIPES)) + 2
+    schedules = {name: recipe().schedule for name, recipe in RECIPES.items()}
+    long = max(map(len, schedules.values())) + 2
     for name, recipe in RECIPES.items():
         first_line = (inspect.getdoc(recipe) or "").splitlines()[0]
-        print(f"{name:24}{recipe().schedule:22}{first_line}")
+        print(f"{name:{wide}}{schedules[name]:{long}}{first_line}")
 
 
 def _recipes_show(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from antlm_fast.kernels.attention import OPS as ATTENTION_OPS
 from antlm_fast.kernels.attention import AttentionCall
+from antlm_fast.kernels.disentangled_attention import OPS as DISENTANGLED_ATTENTION_OPS
 from antlm_fast.kernels.dispatch import ImplementationRow, survey
 from antlm_fast.kernels.linear_cross_entropy import OPS as CROSS_ENTROPY_OPS
 from antlm_fast.kernels.linear_cross_entropy import LinearCrossEntropyCall
@@ -52,7 +53,7 @@ def report_lines() -> Iterator[str]:
 
 def _operations(device: str) -> Iterator[tuple[str, list[ImplementationRow]]]:
     attention = AttentionCall(device_type=device, dtype=DTYPE, head_dim=64, heads=8, kv_heads=8)
-    for op, table in ATTENTION_OPS.items():
+    for op, table in (ATTENTION_OPS | DISENTANGLED_ATTENTION_OPS).items():
         yield op, survey(op, table, attention)
     cross_entropy = LinearCrossEntropyCall(device_type=device, dtype=DTYPE, hidden_size=512, vocab_size=16001)
     for op, loss_table in CROSS_ENTROPY_OPS.items():

@@ -23,7 +23,7 @@ from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
 from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
 from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, load_pairs
-from antlm_fast.models import BabyLlama, load_pretrained, save_pretrained
+from antlm_fast.models import LanguageModel, build_model, load_pretrained, save_pretrained
 from antlm_fast.report import write_report
 from antlm_fast.schedule import Schedule
 from antlm_fast.training.config import TrainConfig
@@ -58,6 +58,13 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
     Raises:
         InputError: the settings, the data or the run folder cannot be used; what was there is left as it was.
     """
+    _check_folder(config, run_folder, resume)
+    with _alone(run_folder):
+        _check_folder(config, run_folder, resume)  # another process may have been here since
+        return _train_alone(config, run_folder, resume)
+
+
+def _check_folder(config: TrainConfig | None, run_folder: Path, resume: bool) -> None:
     begun = (run_folder / "config.json").exists()
     if begun and not resume:
         raise InputError(f"run folder {run_folder} holds a run already; resume it, or choose another --output")
@@ -66,6 +73,9 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
     if not begun and run_folder.exists() and not _is_new(run_folder):
         raise InputError(f"run folder {run_folder} must be new or empty; it holds other files")
 
+
+def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool) -> Path:
+    begun = (run_folder / "config.json").exists()
     if begun:
         config, stored_data = _stored_run(run_folder, config)
         _check_before_training(config)
@@ -90,7 +100,6 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
             )
     trainer = _trainer(config, tokenizer, stores, run_folder)
     if not begun:
-        run_folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run_folder / "tokenizer.json")
         _write_json(run_folder / "config.json", {"config": to_dict(config), "versions": versions(), "data": data})
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -98,12 +107,12 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {data['train']['num_tokens']:,} training tokens, "
         f"{config.schedule}, {trainer.timeline.total_steps} steps, {config.device} {config.precision}"
     )
-    with _alone(run_folder):
-        trainer.run(resume=resume)
+    trainer.run(resume=resume)
+    with trainer.judged_weights():
         return _finish(config, trainer.model, tokenizer, run_folder)
 
 
-def open_model(path: Path) -> tuple[BabyLlama, Tokenizer]:
+def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
     """Model and tokenizer of a run folder, or of a model folder in Hugging Face's layout.
 
     Raises:
@@ -127,7 +136,7 @@ def open_model(path: Path) -> tuple[BabyLlama, Tokenizer]:
 
 
 def score_pairs(
-    model: BabyLlama, tokenizer: Tokenizer, source: str, read_outs: tuple[str, ...], precision: str
+    model: LanguageModel, tokenizer: Tokenizer, source: str, read_outs: tuple[str, ...], precision: str
 ) -> dict[str, Any]:
     """Minimal-pair accuracies in the form of minimal_pairs.json."""
     return evaluate_pairs(
@@ -183,15 +192,17 @@ def _resolved(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 def _trainer(config: TrainConfig, tokenizer: Tokenizer, stores: dict[str, TokenStore], run_folder: Path) -> Trainer:
     torch.manual_seed(config.seed)
-    model = BabyLlama(config.model).to(config.device)
+    model = build_model(config.model).to(config.device)
     mode, row_tokens = config.data.row_mode, config.data.row_tokens
-    train_rows = Rows(stores["train"], mode=mode, row_tokens=row_tokens, seed=config.seed)
+    train_rows = Rows(
+        stores["train"], mode=mode, row_tokens=row_tokens, seed=config.seed, short_share=config.data.short_share
+    )
     # the first rows of a shuffled epoch come from all of the text, and seed 0 keeps them the same in every run
     validation_rows = Rows(stores["validation"], mode=mode, row_tokens=row_tokens, seed=0)
     return Trainer(config, model, tokenizer.vocabulary, train_rows, validation_rows, run_folder)
 
 
-def _finish(config: TrainConfig, model: BabyLlama, tokenizer: Tokenizer, run_folder: Path) -> Path:
+def _finish(config: TrainConfig, model: LanguageModel, tokenizer: Tokenizer, run_folder: Path) -> Path:
     """Everything after the last step; done again from the start if it was interrupted."""
     finished, writing = run_folder / "model", run_folder / ".writing_model"
     shutil.rmtree(writing, ignore_errors=True)
@@ -218,13 +229,30 @@ def _finish(config: TrainConfig, model: BabyLlama, tokenizer: Tokenizer, run_fol
 
 @contextlib.contextmanager
 def _alone(run_folder: Path) -> Iterator[None]:
-    """Two processes in one run folder would cut each other's metrics; the lock goes with the process."""
-    with (run_folder / ".lock").open("w") as file:
+    """Makes the folder and holds it: two processes in one would cut each other's files. The lock goes with the process.
+
+    What fails before the run has its config.json leaves no folder and no lock behind.
+    """
+    made = [path for path in (run_folder, *run_folder.parents) if not path.exists()]
+    run_folder.mkdir(parents=True, exist_ok=True)
+    lock = run_folder / ".lock"
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # not one that its holder has removed in the meantime
+            held = lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino
         except BlockingIOError:
-            raise InputError(f"run folder {run_folder} must have one process at a time; another trains in it") from None
-        yield
+            held = False
+        if not held:
+            raise InputError(f"run folder {run_folder} must have one process at a time; another trains in it")
+        try:
+            yield
+        finally:
+            if not (run_folder / "config.json").exists():
+                lock.unlink()
+                with contextlib.suppress(OSError):  # a folder that holds something stays
+                    for path in made:
+                        path.rmdir()
 
 
 def _check_before_training(config: TrainConfig) -> None:
@@ -257,9 +285,9 @@ def _stored_run(run_folder: Path, config: TrainConfig | None) -> tuple[TrainConf
     before = dict(_leaves(to_dict(stored)))
     for name, value in _leaves(to_dict(config)):
         derived = name == "model.vocab_size" or value == "auto"
-        if not derived and not name.startswith(FREE) and before[name] != value:
+        if not derived and not name.startswith(FREE) and before.get(name) != value:
             raise InputError(
-                f"{name} must stay what the run in {run_folder} began with, {before[name]!r}; got {value!r} "
+                f"{name} must stay what the run in {run_folder} began with, {before.get(name)!r}; got {value!r} "
                 f"(--resume --output {run_folder} alone goes on with its own settings)"
             )
     free = replace(config.evaluation, every_steps=stored.evaluation.every_steps)
@@ -294,7 +322,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _is_new(run_folder: Path) -> bool:
     """Empty, or with no more than a run leaves that was killed before it wrote its config.json."""
-    leftovers = ("tokenizer.json", ".tokenizer.json", ".config.json")
+    leftovers = (".lock", "tokenizer.json", ".tokenizer.json", ".config.json")
     return run_folder.is_dir() and all(path.name.startswith(leftovers) for path in run_folder.iterdir())
 
 

@@ -188,7 +188,7 @@ def comparison_of(config: Config) -> dict[str, Any]:
 def _compared(config: Config, launch: Launch) -> dict[str, Any]:
     row: dict[str, Any] = {"ours": _costs(launch.kernel, launch, config)}
     for name, causal in (("causal", True), ("full", False)):
-        module = _constexpr(causal)["triton_forward" if config.kernel == "forward" else "triton_backward"]
+        module = _constexpr(causal)[f"triton_{config.kernel}"]
         row[f"constexpr {name}"] = _costs(getattr(module, launch.name), launch, config)
     plain = getattr(plain_flash_attention, f"plain_{config.kernel}")
     for name, causal, keep_loop in (("causal", True, False), ("causal loop", True, True), ("full", False, False)):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from surroundings import environment, shared
 
+__all__ = ["Bench", "Call", "Provider", "Row", "attempt", "environment", "measure", "quartiles", "ratio", "shared"]
+
+# what is timed; one that times itself (on another process, on a device) returns seconds
 Call = Callable[[], object]
-HEADER = f"  {'case':14}{'provider':32}{'median ms':>11}{'quartiles ms':>22}{'rate':>18}{'time/first':>12}"
+HEADER = f"  {'case':15}{'provider':36}{'median':>11}{'quartiles':>21}{'rate':>20}{'of floor':>9}{'/first':>8}"
+_L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
+
+
+class Told(Exception):
+    """A reason that is a whole sentence already: a row shows it as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +33,97 @@ class Provider:
         name: of the way.
         prepare: checks the numbers and returns what is timed; it raises where it cannot run or is wrong.
         amount, unit: the work of one call, and the unit of the rate that is printed.
+        probe: a tiny real call, made first: what is not installed, or cannot run here, raises in it.
+        floor: seconds that the work takes at the machine's measured limits, or None.
+        faces: shapes of what a tiny call gives on tensors of a device that is not there (`--dry-run`).
+        graph: whether the call may be captured in a CUDA graph and replayed.
     """
 
     case: str
     name: str
     prepare: Callable[[], Call]
-    amount: float
-    unit: str
+    amount: float = 1.0
+    unit: str = "calls/s"
+    probe: Callable[[], object] | None = None
+    floor: float | None = None
+    faces: Callable[[], object] | None = None
+    graph: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one provider: seconds of each call, in the order of the rounds, or why there are none."""
+    """What was measured of one provider, or why nothing was.
+
+    Args:
+        samples: of `quantity` ("s", "MiB" or "count"), one a round, in the order of the rounds.
+        reason: why there are none.
+        amount, unit: the work of one sample, and the unit of the rate (of seconds alone).
+        floor: the least that the machine's measured limits allow, in `quantity`.
+        extras: further figures of this provider, by name with the unit as a suffix.
+    """
 
     suite: str
     workload: str
     case: str
     provider: str
-    seconds: tuple[float, ...]
-    reason: str | None
-    amount: float
-    unit: str
+    samples: tuple[float, ...] = ()
+    quantity: str = "s"
+    reason: str | None = None
+    amount: float = 1.0
+    unit: str = "calls/s"
+    floor: float | None = None
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.suite, self.workload, self.case, self.provider
+
+    @property
+    def median(self) -> float | None:
+        return quartiles(self.samples)[1] if self.samples else None
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Row:
+        """From JSON."""
+        known = {name: values[name] for name in (each.name for each in fields(cls)) if name in values}
+        return cls(**known | {"samples": tuple(values["samples"])})
+
+    def json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What every suite is given.
+
+    Args:
+        sizes: of the workloads; see sizes.py.
+        device: "cpu" or "cuda".
+        limits: what the machine can do, measured before; None leaves floors out.
+        until: `time.monotonic()` at which the suite has to end; what has had no turn by then says so in its row.
+        dry: builds inputs, calls nothing, and shows the plan.
+    """
+
+    sizes: Any
+    device: str = "cpu"
+    limits: Any = None
+    until: float = float("inf")
+    dry: bool = False
+
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def floor(self, work: Any, dtype: str) -> float | None:
+        return None if self.limits is None else self.limits.floor_seconds(work, dtype)
+
+    def measure(
+        self, suite: str, workload: str, providers: Sequence[Provider], *, rounds: int, warmup: int = 1
+    ) -> list[Row]:
+        if self.dry:
+            return [planned(suite, workload, provider, rounds) for provider in providers]
+        if self.device == "cuda":
+            providers = [each for one in providers for each in _with_device_timer(one)]
+        return measure(suite, workload, providers, rounds=rounds, warmup=warmup, until=self.until)
 
 
 def measure(
@@ -58,54 +133,93 @@ def measure(
     *,
     rounds: int,
     warmup: int = 1,
+    until: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Time all providers of a workload in turns: a b c, a b c, ...
 
     Args:
-        rounds: timed calls of each provider.
+        rounds: timed calls of each provider; fewer, but one at least, where `until` comes before.
         warmup: calls of each before; one that fails there or in `prepare` is not timed, and its row says why.
+        until: by time.monotonic().
         clock: seconds.
     """
     calls: dict[int, Call] = {}
     reasons: dict[int, str] = {}
     for place, provider in enumerate(providers):
-        prepared = attempt(provider.prepare, warmup)
+        prepared = "the suite's time was used up" if time.monotonic() > until else attempt(provider, warmup)
         if isinstance(prepared, str):
             reasons[place] = prepared
         else:
             calls[place] = prepared
     samples: dict[int, list[float]] = {place: [] for place in calls}
-    for _ in range(rounds):
-        for place, call in calls.items():
-            begun = clock()
-            call()
-            samples[place].append(clock() - begun)
-    return [row(suite, workload, it, samples.get(place, []), reasons.get(place)) for place, it in enumerate(providers)]
+    for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
+        for place, call in list(calls.items()):
+            try:
+                begun = clock()
+                own = call()
+                seconds = clock() - begun
+            except Exception as error:  # it failed while it was timed: the others go on without it
+                reasons[place] = told(error)
+                samples[place] = []
+                del calls[place]
+                continue
+            samples[place].append(own if isinstance(own, float) else seconds)
+    return [
+        row_of(suite, workload, it, samples.get(place, ()), reasons.get(place)) for place, it in enumerate(providers)
+    ]
 
 
-def attempt(prepare: Callable[[], Call], warmup: int) -> Call | str:
+def attempt(provider: Provider, warmup: int) -> Call | str:
     """What is to be timed, warm; or, in a line, why it cannot be."""
     try:
-        call = prepare()
+        if provider.probe is not None:
+            provider.probe()
+        call = provider.prepare()
         for _ in range(warmup):
             call()
     except Exception as error:  # whatever a peer raises becomes its row; the others go on
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        return told(error)
     return call
 
 
-def row(suite: str, workload: str, provider: Provider, seconds: Sequence[float], reason: str | None) -> Row:
+def told(error: BaseException) -> str:
+    """An error in a line that names no folder of this machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    words = [
+        word if "/" not in word or "//" in word or not word.strip("'\"(").startswith("/") else "..."
+        for word in text.split(" ")
+    ]
+    text = " ".join(words)[:240]
+    return text if isinstance(error, Told) else f"{type(error).__name__}: {text}"
+
+
+def row_of(suite: str, workload: str, provider: Provider, samples: Sequence[float], reason: str | None) -> Row:
     return Row(
         suite=suite,
         workload=workload,
         case=provider.case,
         provider=provider.name,
-        seconds=tuple(seconds),
+        samples=tuple(samples),
         reason=reason,
         amount=provider.amount,
         unit=provider.unit,
+        floor=provider.floor,
     )
+
+
+def planned(suite: str, workload: str, provider: Provider, rounds: int) -> Row:
+    """A row that says what would be done; with `faces`, what shapes come out on a device that is not there."""
+    plan = f"would be timed {rounds} times"
+    if provider.faces is not None:
+        try:
+            plan += f"; on fake CUDA tensors: {provider.faces()}"
+        except Exception as error:  # a provider that a GPU would refuse as well is a finding, not an end
+            plan += f"; on fake CUDA tensors: {told(error)}"
+    return row_of(suite, workload, provider, (), plan)
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -131,55 +245,88 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield f"{rows[0].suite}: {rows[0].workload}"
     yield HEADER
     for one in rows:
-        label = f"  {one.case:14}{one.provider:32}"
-        if not one.seconds:
+        label = f"  {one.case:15}{one.provider:36}"
+        if not one.samples:
             yield f"{label}{one.reason}"
             continue
-        low, middle, high = quartiles(one.seconds)
         first = next(other for other in rows if other.case == one.case)
-        compared = f"{ratio(one.seconds, first.seconds):.2f}" if first.seconds else "-"
-        spread = f"{low * 1e3:.2f} - {high * 1e3:.2f}"
-        rate = f"{one.amount / middle:,.0f} {one.unit}"
-        yield f"{label}{middle * 1e3:11.2f}{spread:>22}{rate:>18}{compared:>12}"
+        compared = f"{ratio(one.samples, first.samples):.2f}" if first.samples else "-"
+        low, middle, high = (amount_text(value, one.quantity) for value in quartiles(one.samples))
+        spread = f"{low} - {high}"
+        floor = f"{of_floor(one):.0%}" if of_floor(one) is not None else "-"
+        line = f"{label}{middle:>11}{spread:>21}{rate_text(one):>20}{floor:>9}{compared:>8}"
+        yield line + "".join(f"  {name} {value:,.4g}" for name, value in one.extras.items())
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on, and nothing that names the machine or its folders."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "antlm_fast": _version("antlm_fast"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
+def amount_text(value: float, quantity: str) -> str:
+    if quantity == "s":
+        return f"{value * 1e3:.2f} ms" if value < 100 else f"{value:.0f} s"
+    return f"{value:,.1f} {quantity}" if quantity == "MiB" else f"{value:g}"
 
 
-def shared(surroundings: Mapping[str, Any]) -> bool:
-    """Whether the cores had too much to do already, for as many threads as are ours, when the run began."""
-    load = surroundings["load_average"]
-    return load is not None and load[0] + surroundings["threads"] > surroundings["cores"] + 0.5
+def rate_text(row: Row) -> str:
+    return f"{row.amount / row.median:,.0f} {row.unit}" if row.quantity == "s" and row.median else "-"
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    return [asdict(one) for one in rows]
+def of_floor(row: Row) -> float | None:
+    """The share of the time taken that the machine's limits account for: 1 cannot be beaten."""
+    return row.floor / row.median if row.floor and row.median else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def with_extras(row: Row, **extras: float) -> Row:
+    return replace(row, extras={**row.extras, **extras})
 
 
-def _cpu_name() -> str:
-    """As the system shows it; inside a virtual machine that need not be the name on the chip."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+def _with_device_timer(provider: Provider) -> Iterator[Provider]:
+    """On a GPU: the call timed by the device's own events; and, where it can be, as a replay of a captured graph."""
+
+    def timed() -> Call:
+        return device_timed(provider.prepare())
+
+    def replayed() -> Call:
+        return device_timed(captured(provider.prepare()))
+
+    yield replace(provider, prepare=timed)
+    if provider.graph:
+        yield replace(provider, name=f"{provider.name}, CUDA graph", prepare=replayed)
+
+
+def device_timed(call: Call) -> Call:
+    """A call that returns the seconds the GPU took for it, its second-level cache overwritten before."""
+    flushed = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed() -> float:
+        flushed.zero_()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    return timed
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph; replaying it launches all of its kernels at once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_cache(device: str) -> None:
+    with suppress(RuntimeError):
+        if device == "cuda":
+            torch.cuda.empty_cache()

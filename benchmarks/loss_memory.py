@@ -14,13 +14,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import environment
+from resident_memory import cannot_measure, in_fresh_process, peak_mib
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -88,17 +87,11 @@ def measure(provider: str, rows: int, vocabulary: int, share: float) -> float:
     # libraries load and thread pools start before the measurement, at sizes that are lost in it
     small = (hidden[:64].detach().requires_grad_(), weight[:64].detach().requires_grad_())
     torch.autograd.grad(MEASURED[provider](*small, targets[:64].clamp(max=63)), small)
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts again
-    before = _status("VmRSS")
-    loss = MEASURED[provider](hidden, weight, targets)
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    kept = sum(x.numel() * x.element_size() for x in gradients) / _MIB
-    return _status("VmHWM") - before - kept
 
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(MEASURED[provider](hidden, weight, targets), (hidden, weight))
 
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
+    return peak_mib(step)
 
 
 def _measured_row(case: tuple[str, int, int, float]) -> dict[str, Any]:
@@ -120,8 +113,7 @@ def run() -> list[dict[str, Any]]:
     found = []
     for rows, vocabulary, share in cases:
         for provider in MEASURED:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                row = fresh.submit(_measured_row, (provider, rows, vocabulary, share)).result()
+            row = in_fresh_process(_measured_row, (provider, rows, vocabulary, share))
             print(row, flush=True)
             found.append(row)
         computed = {"Liger": liger_mib(rows, vocabulary), "cut-cross-entropy": cut_cross_entropy_mib(rows, share)}
@@ -154,8 +146,8 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the table of the results that are there")
     options = parser.parse_args()
     if not options.show:
-        if not Path("/proc/self/clear_refs").exists():
-            print("loss_memory.py: needs Linux, which counts a process's most resident memory", file=sys.stderr)
+        if reason := cannot_measure():
+            print(f"loss_memory.py: {reason}", file=sys.stderr)
             return 2
         result = {"environment": environment(), "hidden_size": HIDDEN_SIZE, "dtype": "bfloat16", "rows": run()}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

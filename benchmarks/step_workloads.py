@@ -1,205 +1,299 @@
-"""Whole training steps: both objectives in one process, Hugging Face's Llama beside ours, and the cost of a switch.
+"""Whole training steps and flips of the objective; every variant in a process of its own, all of them in turns.
 
-A step is forward, backward, clipping and AdamW, as the trainer's; making the batch is left out for all alike. The
-learning rate is 0: the arithmetic is the same, and the weights stay those that were checked.
+Beside the time of a step: tokens/s, the share of the measured GEMM peak (MFU) in each phase, seconds to the first step
+from the launch of the process (imports and compilation included), and the process's peak memory in a step.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from harness import Call, Provider, Row, attempt, measure, row
-from sizes import Sizes
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from antlm_fast.models import BabyLlama, BabyLlamaConfig
-from antlm_fast.objectives import MaskingConfig, make_batch
-from antlm_fast.training.optimizer import OptimizerConfig, build_optimizer
-from antlm_fast.types import Objective, PackedBatch, TokenRows, Vocabulary
-
-# the largest relative error of all gradients together, in 2-norm; autocast alone costs 1 to 3 %
-PRECISIONS = {"fp32": 1e-4, "bf16": 5e-2}
-OBJECTIVES = (Objective.CLM, Objective.MLM)
+from harness import Bench, Provider, Row, Told, told, with_extras
+from roofline import step_work
+from sizes import Scene
+from step_runner import drawn_batch, save_exact
+from surroundings import available_gib
+from workers import MALLOC, Worker
 
 
-class Runner:
-    """A model with its optimizer, one step at a time, on either objective."""
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way of doing a step; `step_runner.StepRunner` has the fields. malloc: glibc keeps its memory (workers.MALLOC)."""
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[nn.Module, PackedBatch], Callable[[], Tensor]]) -> None:
-        self.model = model.train()
-        self.loss_of = loss_of
-        self.optimizer = build_optimizer(model, OptimizerConfig())
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-
-    def step(self, batch: PackedBatch, precision: str) -> Call:
-        loss_of_batch = self.loss_of(self.model, batch)
-
-        def call() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss = loss_of_batch()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-
-        return call
-
-    def gradients(self, batch: PackedBatch, precision: str) -> dict[str, Tensor]:
-        """Before clipping, float32; by name, which is the same in every model here."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = self.loss_of(self.model, batch)()
-        loss.backward()
-        found = {name: p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
-        self.optimizer.zero_grad(set_to_none=True)
-        return found
+    source: str
+    form: str
+    compiled: bool = False
+    dropout: bool = True
+    malloc: bool = False
+    threads: int | None = None
 
 
-class Field:
-    """The runners of a suite, all with the same weights, and the float64 gradients they are held to."""
-
-    def __init__(self, config: BabyLlamaConfig) -> None:
-        torch.manual_seed(0)
-        self.model = BabyLlama(config)
-        self.ours = functools.cache(lambda: Runner(self.model, _our_loss))
-        self.hugging_face = functools.cache(self._hugging_face)
-        self.exact = functools.cache(self._exact)
-
-    def batch(self, objective: Objective, sequences: int, seqlen: int) -> PackedBatch:
-        size = self.model.config.vocab_size
-        vocabulary = Vocabulary(
-            size=size, mask_id=size - 1, special_ids=(size - 1,), word_start=np.ones(size, dtype=np.bool_)
-        )
-        rows = TokenRows(
-            ids=np.random.default_rng(0).integers(size - 1, size=sequences * seqlen),
-            cu_seqlens=np.arange(sequences + 1, dtype=np.int32) * seqlen,
-        )
-        return make_batch(
-            rows,
-            masked_share=1.0 if objective is Objective.MLM else 0.0,
-            masked_objective=Objective.MLM,
-            visibility=None,
-            masking=MaskingConfig(),
-            vocabulary=vocabulary,
-            rate=0.15,
-            key=(0,),
-        )
-
-    def checked(
-        self, runner: Callable[[], Runner], objective: Objective, precision: str, sequences: int, seqlen: int
-    ) -> Call:
-        """A step of the runner, once its gradients on the first sequences are those of the float64 reference."""
-        small = self.batch(objective, 2, seqlen)
-        found, exact = runner().gradients(small, precision), self.exact(objective, seqlen)
-        if found.keys() != exact.keys():
-            raise AssertionError(f"no gradient, or a stray one: {sorted(found.keys() ^ exact.keys())[0]}")
-        wrong = sum(float((found[name] - exact[name]).norm() ** 2) for name in exact) ** 0.5
-        error = wrong / sum(float(gradient.norm() ** 2) for gradient in exact.values()) ** 0.5
-        if not error <= PRECISIONS[precision]:
-            raise AssertionError(f"gradients are off by {error:.1e}; the bound is {PRECISIONS[precision]:.0e}")
-        return runner().step(self.batch(objective, sequences, seqlen), precision)
-
-    def _exact(self, objective: Objective, seqlen: int) -> dict[str, Tensor]:
-        runner = Runner(copy.deepcopy(self.model).double(), functools.partial(_our_loss, impl="reference"))
-        return runner.gradients(self.batch(objective, 2, seqlen), "fp64")
-
-    def _hugging_face(self, attn_implementation: str) -> Runner:
-        import transformers
-
-        values = asdict(self.model.config) | {"num_key_value_heads": self.model.config.kv_heads}
-        rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-        values |= {"rope_parameters": rope, "attn_implementation": attn_implementation, "use_cache": False}
-        config = transformers.LlamaConfig(**values)
-        model = transformers.LlamaForCausalLM(config)
-        model.load_state_dict(self.model.state_dict())
-        return Runner(model, _hugging_face_loss)
+def _hugging_face() -> Iterator[tuple[str, Variant]]:
+    for family, title in (("llama", "Llama"), ("gpt2", "GPT-2"), ("bert", "BERT"), ("modernbert", "ModernBERT")):
+        for attention in ("eager", "sdpa"):
+            for compiled in (False, True):
+                for malloc in (False, True):
+                    marks = ", compiled" * compiled + ", malloc" * malloc
+                    yield (
+                        f"HF {title} {attention}{marks}",
+                        Variant(source=family, form=attention, compiled=compiled, malloc=malloc),
+                    )
 
 
-def _our_loss(model: Any, batch: PackedBatch, impl: str = "auto") -> Callable[[], Tensor]:
-    labelled = sum(batch.num_labelled.values())
-    return lambda: torch.stack(list(model.loss_sums(batch, impl=impl).values())).sum() / labelled
+VARIANTS: dict[str, Variant] = {
+    "antlm_fast": Variant(source="ours", form="auto"),
+    "antlm_fast, malloc": Variant(source="ours", form="auto", malloc=True),
+    "antlm_fast, no dropout": Variant(source="ours", form="auto", dropout=False),
+    "LTG-BERT gathered": Variant(source="ltg", form="gathered"),
+    "LTG-BERT einsum": Variant(source="ltg", form="einsum"),
+    "LTG-BERT gathered, compiled, malloc": Variant(source="ltg", form="gathered", compiled=True, malloc=True),
+    **dict(_hugging_face()),
+}
+# memory that must stay free for a further process to be started
+_RESERVE_GIB = 2.0
+_SAME_WEIGHTS = ("ours", "ltg", "llama")
 
 
-def _hugging_face_loss(model: nn.Module, batch: PackedBatch) -> Callable[[], Tensor]:
-    """As LlamaForCausalLM computes it: logits of every position, in float32 for the loss."""
-    ids = batch.input_ids.view(batch.prefix_len.numel(), -1)
-    (objective,) = batch.labelled
-    targets = torch.full_like(batch.input_ids, -100)
-    targets[batch.labelled[objective]] = batch.targets[objective]
-    causal = objective is Objective.CLM
-    return lambda: F.cross_entropy(model(ids, is_causal=causal).logits.flatten(0, 1).float(), targets)
+class Stage:
+    """The workers of a scene, started one after the other, and what was found when they were."""
+
+    def __init__(self, bench: Bench, scene: Scene) -> None:
+        self.bench, self.scene = bench, scene
+        self.config = bench.sizes.models[scene.model]
+        self.workers: dict[str, Worker] = {}
+        self.extras: dict[tuple[str, str], dict[str, float]] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self._exact: dict[str, Path] = {}
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self._folder.cleanup()
+
+    def worker(self, name: str) -> Worker:
+        if name not in self.workers:
+            free = available_gib()
+            if free is not None and free < _RESERVE_GIB:
+                raise Told(f"only {free:.1f} GiB of memory are free beside the others")
+            self.workers[name] = start(self.bench, self.scene, VARIANTS[name])
+        return self.workers[name]
+
+    def key(self, objective: str) -> dict[str, Any]:
+        sequences, seqlen = self.scene.batch
+        return {"objective": objective, "sequences": sequences, "seqlen": seqlen}
+
+    def prepare(self, name: str, objective: str) -> Callable[[], object]:
+        """A checked step of the variant, as a call that returns its own seconds."""
+        variant, key = VARIANTS[name], self.key(objective)
+        if variant.compiled and not self.bench.sizes.compiled:
+            raise Told("nothing is compiled at these sizes: it takes half a minute; see --sizes full")
+        is_new = name not in self.workers
+        worker = self.worker(name)
+        limit = max(min(self.bench.left(), 600.0), 30.0)
+        found = self.extras.setdefault((objective, name), {})
+        first = worker.call("first_step", timeout=limit, **key)
+        if is_new:
+            found["first_step_s"] = first
+        with suppress(Told):  # a figure beside the time, which not every system can give
+            found["peak_mib"] = worker.call("peak_mib", timeout=limit, **key)
+        found["gradient_error"] = worker.call("check", timeout=limit, exact=self.exact(variant, objective), **key)
+        return functools.partial(worker.call, "step", timeout=limit, **key)
+
+    def exact(self, variant: Variant, objective: str) -> str | None:
+        if variant.source not in _SAME_WEIGHTS:
+            return None
+        if objective not in self._exact:
+            path = Path(self._folder.name, f"{objective}.pt")
+            save_exact(asdict(self.config), objective, self.scene.batch[1], path)
+            self._exact[objective] = path
+        return str(self._exact[objective])
 
 
-def train_step(sizes: Sizes) -> Iterator[list[Row]]:
-    """Tokens per second of CLM and MLM steps on the same models."""
-    field = Field(sizes.model)
-    runners: dict[str, Callable[[], Runner]] = {
-        "antlm_fast": field.ours,
-        "Hugging Face sdpa": functools.partial(field.hugging_face, "sdpa"),
-        "Hugging Face eager": functools.partial(field.hugging_face, "eager"),
-    }
-    for sequences, seqlen in sizes.batches:
-        for precision in PRECISIONS:
+def start(bench: Bench, scene: Scene, variant: Variant) -> Worker:
+    values = asdict(variant)
+    malloc, threads = values.pop("malloc"), values.pop("threads")
+    environment = dict(MALLOC) if malloc else {}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    config = asdict(bench.sizes.models[scene.model])
+    arguments = {**values, "config": config, "precision": scene.precision, "device": bench.device}
+    return Worker("step_runner:StepRunner", arguments, environment)
+
+
+def train_step(bench: Bench) -> Iterator[list[Row]]:
+    """Both objectives of the same model in the same process, and the peers' steps of the same size on the same data."""
+    for scene in bench.sizes.scenes:
+        with Stage(bench, scene) as stage:
+            works = {objective: work_of(stage, objective) for objective in scene.objectives}
             providers = [
                 Provider(
                     case=objective,
                     name=name,
-                    prepare=functools.partial(field.checked, runner, objective, precision, sequences, seqlen),
-                    amount=sequences * seqlen,
+                    prepare=functools.partial(stage.prepare, name, objective),
+                    amount=scene.batch[0] * scene.batch[1],
                     unit="tokens/s",
+                    floor=bench.floor(work, scene.precision),
                 )
-                for objective in OBJECTIVES
-                for name, runner in runners.items()
+                for objective, work in works.items()
+                for name in scene.variants
             ]
-            shape = f"{_parameters(field)}, {sequences} x {seqlen} tokens, {precision}"
-            yield measure("train_step", shape, providers, rounds=sizes.step_rounds)
+            rows = bench.measure("train_step", title(scene), providers, rounds=scene.rounds)
+            yield [_with_findings(bench, scene, stage, row) for row in rows]
 
 
-def switch(sizes: Sizes, clock: Callable[[], float] = time.perf_counter) -> Iterator[list[Row]]:
-    """The first step after the objective changes, beside the later ones of the same objective."""
-    field = Field(sizes.model)
-    sequences, seqlen = sizes.batches[0]
-    for precision in PRECISIONS:
-        steps: dict[Objective, Call] = {}
-        later: dict[Objective, list[float]] = {objective: [] for objective in OBJECTIVES}
-        first: dict[Objective, list[float]] = {objective: [] for objective in OBJECTIVES}
-        reason = None
-        for objective in OBJECTIVES:
-            prepare = functools.partial(field.checked, field.ours, objective, precision, sequences, seqlen)
-            prepared = attempt(prepare, warmup=1)
-            if isinstance(prepared, str):
-                reason = prepared
-            else:
-                steps[objective] = prepared
-        for phase in range(sizes.flips + 1 if reason is None else 0):
-            objective = OBJECTIVES[phase % 2]
-            for place in range(sizes.phase_steps):
-                begun = clock()
-                steps[objective]()
-                seconds = clock() - begun
-                if phase:  # nothing was flipped before phase 0: it is warm-up
-                    (later if place else first)[objective].append(seconds)
-        yield [
-            row(
-                "switch",
-                f"{_parameters(field)}, {sequences} x {seqlen} tokens, {precision}, {sizes.flips} flips",
-                Provider(case=objective, name=name, prepare=prepare, amount=sequences * seqlen, unit="tokens/s"),
-                samples[objective],
-                reason,
-            )
-            for objective in OBJECTIVES
-            for name, samples in (("later steps", later), ("first step after a flip", first))
-        ]
+def work_of(stage: Stage, objective: str) -> Any:
+    scene = stage.scene
+    batch = drawn_batch(stage.config.vocab_size, objective, *scene.batch)
+    labelled = sum(batch.num_labelled.values())
+    return step_work(stage.config, *scene.batch, labelled, scene.precision, causal=objective == "CLM")
 
 
-def _parameters(field: Field) -> str:
-    return f"{sum(parameter.numel() for parameter in field.model.parameters()) / 1e6:.2f}M parameters"
+def title(scene: Scene) -> str:
+    return f"{scene.model}, {scene.batch[0]} x {scene.batch[1]} tokens, {scene.precision}"
+
+
+def _with_findings(bench: Bench, scene: Scene, stage: Stage, row: Row) -> Row:
+    if row.median is None:
+        return row
+    work = work_of(stage, row.case)
+    mfu = work.flops / row.median / bench.limits.flops_per_s[scene.precision] if bench.limits is not None else None
+    extras = {} if mfu is None else {"mfu_percent": 100 * mfu}
+    return with_extras(row, **extras, **stage.extras.get((row.case, row.provider), {}))
+
+
+def switch(bench: Bench) -> Iterator[list[Row]]:
+    """What a flip costs: the first ever, the first step after a later one, the steps after that; and what it compiles.
+
+    "recompiles" counts graphs that torch.compile made after the flip; the first flip's are those of a new value.
+    """
+    for scene in bench.sizes.switch:
+        with Stage(bench, scene) as stage:
+            yield from _flips(bench, scene, stage)
+
+
+_KINDS = ("later steps", "first step after a flip", "first flip ever")
+
+
+def _flips(bench: Bench, scene: Scene, stage: Stage) -> Iterator[list[Row]]:
+    sequences, seqlen = scene.batch
+    blank = Row(suite="switch", workload=title(scene), case="", provider="", unit="tokens/s", amount=sequences * seqlen)
+    rows: dict[tuple[str, str, str], Row] = {
+        (objective, name, kind): replace(blank, case=objective, provider=f"{name}: {kind}")
+        for objective in scene.objectives
+        for name in scene.variants
+        for kind in (_KINDS if objective != scene.objectives[0] else _KINDS[:2])
+    }
+    counts: list[Row] = []
+    samples: dict[tuple[str, str, str], list[float]] = {key: [] for key in rows}
+    recompiles: dict[str, list[int]] = {name: [] for name in scene.variants}
+    reasons: dict[str, str] = {}
+    if bench.dry:
+        reasons = dict.fromkeys(scene.variants, f"would be flipped {bench.sizes.flips} times")
+    others = {"CLM": "MLM", "MLM": "CLM"}
+    for name in scene.variants:
+        if name not in reasons:
+            try:
+                _first_flip(stage, name, samples, recompiles)
+            except Exception as error:  # this variant's rows say so; the others go on
+                reasons[name] = told(error)
+    for flip in range(bench.sizes.flips):
+        objective = scene.objectives[flip % 2]
+        for name in scene.variants:
+            if name in reasons or (flip and bench.left() < 0):
+                continue
+            try:
+                keywords = stage.key(objective) | {"before": others[objective], "steps": bench.sizes.phase_steps}
+                found = stage.worker(name).call("flips", **keywords)
+            except Told as error:
+                reasons[name] = told(error)
+                continue
+            samples[objective, name, _KINDS[1]].append(found["seconds"][0])
+            samples[objective, name, _KINDS[0]] += found["seconds"][1:]
+            recompiles[name].append(found["recompiles"])
+    for name in scene.variants:
+        counts += _counts(bench, scene, stage, name, recompiles[name], reasons.get(name))
+    late = "the suite's time was used up"
+    yield [
+        replace(row, reason=reasons[key[1]])
+        if key[1] in reasons
+        else replace(row, samples=tuple(samples[key]), reason=None if samples[key] else late)
+        for key, row in rows.items()
+    ]
+    yield counts
+
+
+def _first_flip(
+    stage: Stage,
+    name: str,
+    samples: dict[tuple[str, str, str], list[float]],
+    recompiles: dict[str, list[int]],
+) -> None:
+    """A process whose first steps are of the first objective flips to the second; both are checked after it."""
+    first, second = stage.scene.objectives[:2]
+    variant = VARIANTS[name]
+    if variant.compiled and not stage.bench.sizes.compiled:
+        raise Told("nothing is compiled at these sizes: it takes half a minute; see --sizes full")
+    worker = stage.worker(name)
+    for _ in range(2):
+        worker.call("step", **stage.key(first))
+    found = worker.call("flips", before=first, steps=1, **stage.key(second))
+    samples[second, name, _KINDS[2]] += found["seconds"]
+    recompiles[name].append(found["recompiles"])
+    for objective in (first, second):
+        worker.call("check", exact=stage.exact(variant, objective), **stage.key(objective))
+
+
+def _counts(
+    bench: Bench, scene: Scene, stage: Stage, name: str, recompiles: list[int], reason: str | None
+) -> Iterator[Row]:
+    blank = Row(suite="switch", workload=f"{title(scene)}: per flip", case="", provider=name, quantity="count")
+    if reason is not None:
+        yield replace(blank, case="recompiles", reason=reason)
+        return
+    yield replace(blank, case="recompiles", samples=tuple(map(float, recompiles[1:] or recompiles)))
+    yield replace(blank, case="first flip's", samples=(float(recompiles[0]),))
+    try:
+        captures = stage.worker(name).call("recaptures", **stage.key("MLM"))
+        yield replace(blank, case="re-captures", samples=(captures,))
+    except Told as error:
+        yield replace(blank, case="re-captures", reason=told(error))
+
+
+def memory_of_steps(bench: Bench) -> Iterator[list[Row]]:
+    """Peak memory of a step, each variant in a new process."""
+    for scene in bench.sizes.memory_steps:
+        rows = []
+        with ExitStack() as stack:
+            stage = stack.enter_context(Stage(bench, scene))
+            for objective in scene.objectives:
+                for name in scene.variants:
+                    row = Row(
+                        suite="memory",
+                        workload=f"step of {title(scene)}",
+                        case=objective,
+                        provider=name,
+                        quantity="MiB",
+                    )
+                    rows.append(measured_peak(bench, stage, row))
+        yield rows
+
+
+def measured_peak(bench: Bench, stage: Stage, row: Row) -> Row:
+    if bench.dry:
+        return replace(row, reason="would be measured in a new process")
+    try:
+        worker = stage.worker(row.provider)
+        worker.call("step", **stage.key(row.case))
+        peaks: Mapping[int, float] = {n: worker.call("peak_mib", **stage.key(row.case)) for n in range(2)}
+        return replace(row, samples=tuple(peaks.values()))
+    except Told as error:
+        return replace(row, reason=told(error))

@@ -2,10 +2,11 @@
 
     python benchmarks/tune.py                     on a GPU: the fastest of the candidates, by time, for that GPU's row
     python benchmarks/tune.py --without-gpu       by what the compiler says: the first candidate that spills nothing
-    python benchmarks/tune.py --without-gpu --archs sm_90 --head-dims 64
+    python benchmarks/tune.py --without-gpu --archs sm_90 --head-dims 64 --kinds "half relative"
 
 Candidates are in order of preference: large tiles, which read keys and values least often, come first. One that spills,
-or needs more shared memory than the architecture has, is passed over while another is left. Afterwards
+or needs more shared memory than the architecture has, is passed over while another is left. With relative terms the
+instructions for a pair of tokens vary with the tile's shape: the fewest win, among tiles that spill nothing. Afterwards
 `python benchmarks/aot.py --write --compare` must follow, since the table of resources is that of the tiles.
 """
 
@@ -24,13 +25,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from antlm_fast.kernels.attention.triton_launches import TILES, offline_launches
+from antlm_fast.kernels.attention.triton_tables import relative_terms
 from antlm_fast.kernels.triton_support.launch import Launch, Tile, arch_of
 from antlm_fast.kernels.triton_support.offline import TARGETS
 from benchmarks.aot_report import SHARED_LIMIT
 from benchmarks.sass import resources
 
 KERNELS = ("forward", "delta", "dq", "dkdv")
-KINDS = {"half": torch.bfloat16, "half dropout": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+PLAIN_KINDS = {"half": torch.bfloat16, "half dropout": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+RELATIVE_KINDS = {
+    "half relative": torch.bfloat16,
+    "half relative dropout": torch.bfloat16,
+    "tf32 relative": torch.float32,
+    "ieee relative": torch.float32,
+}
+KINDS = PLAIN_KINDS | RELATIVE_KINDS
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # block_m, block_n, warps, stages
 _FORWARD_TILES = (
@@ -45,29 +54,44 @@ _KEY_TILES = (
     (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2),
     (32, 64, 8, 1), (32, 32, 4, 2), (16, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
 )  # fmt: skip
+_RELATIVE_TILES = {
+    "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+    "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+}
 
 
 def candidates(kernel: str, kind: str, head_dim: int) -> list[Tile]:
     """The tiles to try, the preferred first. Wide rows of numbers leave less room for many of them."""
     if kernel == "delta":
         return [Tile(min(128, 4096 // head_dim), 16, 4, 1)]
-    largest = 64 * 64 if kind == "ieee" else 128 * 64
-    tiles = [Tile(*tile) for tile in {"forward": _FORWARD_TILES, "dq": _ROW_TILES, "dkdv": _KEY_TILES}[kernel]]
+    largest = 64 * 64 if kind.startswith("ieee") else 128 * 64
+    plain = {"forward": _FORWARD_TILES, "dq": _ROW_TILES, "dkdv": _KEY_TILES}
+    tiles = [Tile(*tile) for tile in (_RELATIVE_TILES if "relative" in kind else plain)[kernel]]
     return [tile for tile in tiles if tile.block_m * tile.block_n <= largest]
 
 
 def choose_without_gpu(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
-    """The first candidate that fits and spills nothing; where all spill, the one that spills least."""
+    """The first candidate that fits and spills nothing; where all spill, the one that spills least.
+
+    With relative terms, of those that spill nothing the one with the fewest instructions for a pair of tokens.
+    """
     launch = _launch(arch, kind, head_dim, kernel)
-    best, least = None, None
+    best, least, cheapest = None, None, None
     for tile in candidates(kernel, kind, head_dim):
         found = resources(replace(launch, tile=tile).compile_for(TARGETS[arch]))
         if found["shared_bytes"] > SHARED_LIMIT[arch]:
             continue
         spilled = found.get("spill_store_bytes", found.get("vgpr_spills"))
-        if least is None or spilled < least:
-            best, least = tile, spilled
-        if not spilled:
+        cost = 0.0
+        if "relative" in kind:
+            counts = [loop["instructions"] for loop in found["loops"] if loop["mma"] or loop["ffma"]]
+            pairs = tile.block_m * tile.block_n
+            cost = min(counts, default=found["instructions"]) * tile.num_warps / pairs
+        # a few percent are no reason to leave the preferred tile
+        if least is None or spilled < least or (spilled == least and cost < 0.97 * cheapest):
+            best, least, cheapest = tile, spilled, cost
+        if not spilled and "relative" not in kind:
             break
     if best is None:
         raise RuntimeError(f"no tile of {kernel} {kind} {head_dim} fits {arch}")
@@ -90,8 +114,11 @@ def choose_by_time(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
 
 
 def _launch(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
-    dropout = kind.endswith(" dropout")
-    launches = offline_launches(arch, KINDS[kind], head_dim, 8, 8, dropout=dropout, kind=kind.removesuffix(" dropout"))
+    numbers, *options = kind.split()
+    bucket_size = 32 if "relative" in options else None
+    launches = offline_launches(
+        arch, KINDS[kind], head_dim, 8, 8, dropout="dropout" in options, kind=numbers, bucket_size=bucket_size
+    )
     return launches[KERNELS.index(kernel)]
 
 
@@ -109,10 +136,15 @@ def _on_device(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
             arguments[name] = flags
         elif name == "dropout_seed_ptr":
             arguments[name] = None if value is None else torch.zeros((), dtype=torch.int64, device="cuda")
-        elif isinstance(value, torch.Tensor):
-            tall = value.dim() == 3
-            shape = (seqs * length, *value.shape[1:]) if tall else (value.shape[0], seqs * length)
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            shape = [seqs * length if size == 4096 else size for size in value.shape]  # the offline launch's tokens
             arguments[name] = torch.randn(shape, dtype=value.dtype, device="cuda")
+    if arguments.get("c2p_ptr") is not None:
+        ends = [*range(17), *(16 + 33 * n for n in range(1, 16))]  # 32 buckets of any width
+        relative = relative_terms(arguments["c2p_ptr"], arguments["p2c_ptr"], ends, length)
+        tables = {"run_starts_ptr": relative.run_starts, "reach": relative.reach, "total_k": seqs * length}
+        tables["buckets_ptr"] = relative.buckets if kernel == "dkdv" else relative.mirrored
+        arguments |= {name: value for name, value in tables.items() if name in arguments}
     sizes = {"num_seqs": seqs, "total_q": seqs * length, "total_k": seqs * length}
     sizes |= {"max_seqlen_q": length, "max_seqlen_k": length}
     arguments |= {name: size for name, size in sizes.items() if name in arguments}
@@ -136,7 +168,7 @@ def jobs(archs: list[str], kinds: list[str], head_dims: list[int]) -> Iterator[t
             if "half" in kinds:
                 yield arch, "half", head_dim, "delta"
             for kind in kinds:
-                if (arch, kind) != ("gfx942", "tf32"):  # float32 is IEEE there
+                if not (arch == "gfx942" and kind.startswith("tf32")):  # float32 is IEEE there
                     yield from ((arch, kind, head_dim, kernel) for kernel in KERNELS if kernel != "delta")
 
 
@@ -159,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without-gpu", action="store_true", help="by registers and spills, for any architecture")
     parser.add_argument("--archs", nargs="+", choices=list(TARGETS), help="with --without-gpu (all)")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from antlm_fast.kernels.attention import triton_backward, triton_forward, triton_visibility
+from antlm_fast.kernels.attention import triton_dkdv, triton_dq, triton_forward, triton_relative, triton_visibility
 
-_ATTENTION = (triton_visibility, triton_forward, triton_backward)
+_ATTENTION = (triton_visibility, triton_relative, triton_forward, triton_dq, triton_dkdv)
 _number = itertools.count()
 
 
@@ -63,4 +63,4 @@ def constexpr_visibility(causal: bool) -> dict[str, ModuleType]:
     """The kernels as they would be for one objective alone: the flag known to the compiler."""
     value = "0" if causal else "2**31 - 1"
     known = f"prefix_len: tl.constexpr = {value}"
-    return variant(*[(name, _READ, known) for name in ("triton_forward", "triton_backward")])
+    return variant(*[(name, _READ, known) for name in ("triton_forward", "triton_dq", "triton_dkdv")])

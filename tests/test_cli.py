@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from antlm_fast.cli import main
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
@@ -133,26 +135,43 @@ def test_recipes_and_doctor_tell_what_there_is(capsys, monkeypatch):
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()] == [
         "demo",
+        "demo-ltgbert",
+        "demo-gptbert",
         "babyllama",
         "babyllama-mlm",
         "antlm-babyllama",
         "antlm-babyllama-8-8-8",
+        "ltgbert",
+        "ltgbert-clm",
+        "antlm-ltgbert",
+        "antlm-ltgbert-xs",
+        "gptbert",
+        "antlm-gptbert",
     ]
     assert "4_CLM+16_MLM+4_CLM" in listed
+    # names and schedules have columns of their own, wide enough for the longest
+    assert len({line.index("  " + line.split("  ")[-1].strip()) for line in listed.splitlines()}) == 1
     assert main(["recipes", "show", "antlm-babyllama"]) == 0
     shown = capsys.readouterr().out
     assert "arXiv 2412.03275" in shown
     assert "weight_decay=0.1,  # the same" in shown  # and the recipes it is made from
     assert "optimizer.lr=0.00025" in shown
+    assert 'model.architecture="baby_llama"' in shown
+    assert main(["recipes", "show", "gptbert"]) == 0
+    shown = capsys.readouterr().out
+    assert "weight_decay=0.1" in shown
+    assert 'batch.length_ramp=["256@0.7", "512@0.9"]' in shown
+    assert "model.position_bucket_size=32" in shown
+    assert "rope_theta" not in shown
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
     reason = unavailable_reason("cpu")
     assert reason is not None
-    assert told.count(f"  triton     {reason}\n") == 3  # attention, attention_varlen, linear_cross_entropy
+    assert told.count(f"  triton     {reason}\n") == 4  # three of attention, linear_cross_entropy
     assert "fused attention and loss on GPUs (extra: gpu)" in told
-    assert told.count("torch      serves, and auto takes it") == 3
+    assert told.count("torch      serves, and auto takes it") == 4
 
 
 def test_a_run_that_exists_is_never_overwritten(run, capsys):
@@ -212,6 +231,77 @@ def test_two_processes_never_train_in_one_folder(run, capsys):
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "must have one process at a time" in fails(capsys, "train", "--resume", "--output", run)
+
+
+def test_two_processes_begun_at_once_in_a_new_folder_are_told_apart(cache, tmp_path):
+    """The folder is held from the first moment, not only when the tokenizer is trained and config.json written."""
+    command = [sys.executable, "-m", "antlm_fast.cli", "train", "--recipe", "demo", "--output", str(tmp_path / "new")]
+    command += settings("evaluation.minimal_pairs=none")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    messages = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    refused = messages[[process.returncode for process in both].index(2)]
+    assert "must have one process at a time" in refused
+    assert "tokenizer" not in refused  # it had not begun to work
+    assert (tmp_path / "new" / "model" / "model.safetensors").exists()
+
+
+def test_a_folder_that_is_held_before_it_has_a_config_is_refused_and_left_alone(cache, tmp_path, capsys):
+    folder = tmp_path / "held"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "must have one process at a time" in fails(capsys, "train", "--recipe", "demo", "--output", folder)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(cache, tmp_path, capsys):
+    missing = ["--recipe", "demo", "--set", "data.train=nothing.txt"]
+    fails(capsys, "train", *missing, "--output", tmp_path / "a" / "b" / "c")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    fails(capsys, "train", *missing, "--output", tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("all of it")
+    assert "must be new or empty" in fails(capsys, "train", "--recipe", "demo", "--output", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("recipe", ["demo-ltgbert", "demo-gptbert"])
+def test_other_models_go_the_whole_way(cache, tmp_path, capsys, recipe):
+    """Train, stop, resume, evaluate and fill with the recipe's own optimizer, ramps and masks, in small sizes."""
+    folder = tmp_path / "run"
+    small = [setting for setting in SMALL if "warmup" not in setting and "schedule" not in setting]
+    more = ["tokenizer.vocab_size=600", "schedule=6s_CLM+6s_MNTP", "evaluation.minimal_pairs=none"]
+    more += ["checkpoint.keep=9", "optimizer.ema_decay=0.5", "batch.rows_per_step=8"]
+    words = [word for setting in (*small, *more) for word in ("--set", setting)]
+    assert main(["train", "--recipe", recipe, *words, "--output", str(folder)]) == 0
+    before = (folder / "metrics.jsonl").read_bytes()
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    average, own = (
+        load_file(folder / "checkpoints" / "step_00000012" / f"{name}.safetensors") for name in ("average", "model")
+    )
+    published = load_file(folder / "model" / "model.safetensors")
+    shared = set(average) & set(published)
+    assert shared
+    assert all(torch.equal(published[name], average[name]) for name in shared)
+    assert any(not torch.equal(published[name], own[name]) for name in shared)
+    shutil.rmtree(folder / "checkpoints" / "step_00000012")
+    assert main(["train", "--recipe", recipe, "--resume", "--output", str(folder)]) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert (folder / "model" / "model.safetensors").read_bytes() == model
+    wrong = ["--set", "model.architecture=baby_llama", "--resume", "--output", folder]
+    assert "model.architecture must stay what the run" in fails(capsys, "train", "--recipe", recipe, *wrong)
+    text = tmp_path / "held.txt"
+    text.write_text("The boy sees the dog.")
+    assert main(["eval", str(folder), "--text", str(text), "--read-out", "mntp"]) == 0
+    mask = "[MASK]" if recipe == "demo-ltgbert" else "<mask>"
+    assert main(["fill", str(folder), f"The {mask} sleeps."]) == 0
 
 
 def test_what_only_the_end_needs_is_checked_at_the_beginning(cache, tmp_path, capsys, monkeypatch):

@@ -32,7 +32,9 @@ class DataConfig:
             paragraph for other text). An object of a .jsonl file is always one.
         text_field: where a JSON object or a dataset's row has its text.
         row_mode: "stream" or "packed"; see `antlm_fast.data.rows.Rows`.
-        row_tokens: tokens in a row.
+        row_tokens: tokens in a row; batch.length_ramp makes later rows longer.
+        short_share: share of the rows, 0 to 1, that are cut in two sequences at a random place (LTG-BERT has a tenth
+            of its items shorter); no token is lost. For "stream" alone: packed documents have their own lengths.
         cache_dir: where token stores are kept; None is $XDG_CACHE_HOME/antlm-fast or ~/.cache/antlm-fast.
         builtin_words: size of the built-in corpus, in words.
     """
@@ -44,6 +46,7 @@ class DataConfig:
     text_field: str = "text"
     row_mode: str = "stream"
     row_tokens: int = 128
+    short_share: float = 0.0
     cache_dir: str | None = None
     builtin_words: int = 300_000
 
@@ -59,6 +62,13 @@ class DataConfig:
             raise InputError(f"documents must be one of {', '.join(UNITS)}; got {self.documents!r}")
         if self.row_mode not in MODES:
             raise InputError(f"row_mode must be one of {', '.join(MODES)}; got {self.row_mode!r}")
+        if not _is_number(self.short_share) or not 0 <= self.short_share <= 1:
+            raise InputError(f"short_share must lie in 0 .. 1; got {self.short_share!r}")
+        if self.short_share and self.row_mode != "stream":
+            raise InputError(
+                f"short_share must be 0 where row_mode is {self.row_mode!r}, whose sequences are documents; "
+                f"got {self.short_share}"
+            )
         # a row of one token has nothing to predict
         for name, least in (("row_tokens", 2), ("builtin_words", 1)):
             value = getattr(self, name)

@@ -19,7 +19,8 @@ class Rows:
 
     mode "stream": all ids are one ring, cut every `row_tokens` from an offset drawn per epoch; a row is one sequence
     and crosses document boundaries (BabyLlama). The last num_tokens % row_tokens tokens before the offset are left
-    out of that epoch.
+    out of that epoch. A share `short_share` of the rows, drawn by (seed, epoch, row), is two sequences instead, cut
+    at a random place: short sequences are then met in training, and no token is lost.
     mode "packed": whole documents, in corpus order, fill rows of at most `row_tokens` tokens; each is a sequence of
     its own. A document longer than a row goes on in the next row as a new sequence. Every token appears exactly once
     per epoch. A sequence of one token is possible (it has nothing to predict).
@@ -30,18 +31,30 @@ class Rows:
         row_tokens: the length of a row in tokens ("packed": the longest).
         seed: with the epoch, decides offset and order.
         shuffle: False gives corpus order and offset 0 in every epoch (validation).
+        short_share: "stream": share of the rows that are cut in two; "packed" takes only 0.
 
     Raises:
-        InputError: mode or row_tokens cannot be, or the store has not one row.
+        InputError: mode, row_tokens or short_share cannot be, or the store has not one row.
     """
 
-    def __init__(self, store: TokenStore, *, mode: str, row_tokens: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        mode: str,
+        row_tokens: int,
+        seed: int,
+        shuffle: bool = True,
+        short_share: float = 0.0,
+    ) -> None:
         if mode not in MODES:
             raise InputError(f"row_mode must be one of {', '.join(MODES)}; got {mode!r}")
         if row_tokens < 1:
             raise InputError(f"row_tokens must be at least 1; got {row_tokens}")
         if seed < 0:
             raise InputError(f"seed must be at least 0; got {seed}")
+        if not 0 <= short_share <= 1 or (short_share and mode != "stream"):
+            raise InputError(f"short_share must lie in 0 .. 1, and be 0 where row_mode is 'packed'; got {short_share}")
         if mode == "stream" and store.num_tokens < row_tokens:
             raise InputError(
                 f"row_tokens must be at most the {store.num_tokens} tokens of the corpus ({store.source}); "
@@ -52,12 +65,24 @@ class Rows:
         self.row_tokens = row_tokens
         self.seed = seed
         self.shuffle = shuffle
+        self.short_share = short_share
         self._bounds: NDArray[np.int64] | None = None
         if mode == "packed":
             self._bounds = pack(np.asarray(store.document_starts), row_tokens)
             self.rows_per_epoch = len(self._bounds) - 1
         else:
             self.rows_per_epoch = store.num_tokens // row_tokens
+
+    def with_row_tokens(self, row_tokens: int) -> Rows:
+        """The same rows in another length."""
+        return Rows(
+            self.store,
+            mode=self.mode,
+            row_tokens=row_tokens,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            short_share=self.short_share,
+        )
 
     def read(self, epoch: int, start: int, stop: int) -> TokenRows:
         """Rows start .. stop - 1 of the epoch's order, as packed sequences.
@@ -86,8 +111,19 @@ class Rows:
         positions = (first[:, None] + np.arange(self.row_tokens)) % self.store.num_tokens
         return TokenRows(
             ids=self.store.tokens[positions.reshape(-1)].astype(np.int64),
-            cu_seqlens=np.arange(len(index) + 1, dtype=np.int32) * np.int32(self.row_tokens),
+            cu_seqlens=self._stream_bounds(index, epoch),
         )
+
+    def _stream_bounds(self, index: NDArray[np.int64], epoch: int) -> NDArray[np.int32]:
+        """Where the sequences of these rows begin: each row's beginning, and a place inside those that are cut."""
+        bounds = np.arange(len(index) + 1, dtype=np.int32) * np.int32(self.row_tokens)
+        if not self.short_share or self.row_tokens < 2:
+            return bounds
+        keys = np.random.SeedSequence([self.seed, epoch, 3]).generate_state(2, np.uint64)
+        chosen, place = (_scramble(_scramble(index.astype(np.uint64)) ^ key) for key in keys)
+        is_cut = (chosen >> np.uint64(11)) * 2.0**-53 < self.short_share
+        cuts = bounds[:-1] + 1 + (place % np.uint64(self.row_tokens - 1)).astype(np.int32)  # both parts keep a token
+        return np.sort(np.concatenate([bounds, cuts[is_cut]]))
 
     def _read_packed(self, index: NDArray[np.int64]) -> TokenRows:
         assert self._bounds is not None

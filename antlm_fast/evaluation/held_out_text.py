@@ -10,6 +10,7 @@ from antlm_fast.data.prepare import prepare
 from antlm_fast.data.rows import Rows
 from antlm_fast.data.tokenizer import Tokenizer
 from antlm_fast.evaluation.perplexity import mean_losses, perplexity
+from antlm_fast.models import LanguageModel
 from antlm_fast.objectives import MaskingConfig, make_batch
 from antlm_fast.types import Objective, PackedBatch, Vocabulary
 
@@ -49,7 +50,7 @@ def fixed_batches(
 
 
 def score_text(
-    model: Any,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     source: str,
     precision: str,

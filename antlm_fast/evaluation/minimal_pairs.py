@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from antlm_fast.evaluation.sentence_scores import READ_OUTS, SentenceTokenizer, score_sentences
+from antlm_fast.models import LanguageModel
 from antlm_fast.types import InputError
 
 BUILTIN = "builtin"
@@ -116,7 +117,7 @@ def _pair(record: Any, *, uid: str, field: str) -> MinimalPair:
 
 
 def evaluate_pairs(
-    model: Any,
+    model: LanguageModel,
     tokenizer: SentenceTokenizer,
     pairs: Sequence[MinimalPair],
     read_outs: Iterable[str] = ("causal", "masked"),

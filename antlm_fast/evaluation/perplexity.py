@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from antlm_fast.evaluation.sentence_scores import evaluating
 from antlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from antlm_fast.models import LanguageModel
 from antlm_fast.types import InputError, Objective, PackedBatch
 
 
 @torch.no_grad()
-def mean_losses(model: Any, batches: Iterable[PackedBatch], precision: str = "float32") -> dict[Objective, float]:
+def mean_losses(
+    model: LanguageModel, batches: Iterable[PackedBatch], precision: str = "float32"
+) -> dict[Objective, float]:
     """Mean negative log-likelihood per labelled token, for each objective that the batches label.
 
     Every labelled token counts the same, whichever batch it is in. Only labelled rows go through the head.
 
     Args:
-        model: has hidden_states and head_weight, as BabyLlama has.
+        model: any model of this package.
         batches: packed batches; they are moved to the model's device.
         precision: "float32" (the parameters' own dtype) or "bfloat16" (torch.autocast).
 
@@ -38,22 +40,16 @@ def mean_losses(model: Any, batches: Iterable[PackedBatch], precision: str = "fl
     with evaluating(model, device, precision):
         for host_batch in batches:
             batch = host_batch.to(device)
-            hidden = model.hidden_states(
-                batch.input_ids,
-                prefix_len=batch.prefix_len,
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-            )
-            for objective, positions in batch.labelled.items():
-                if positions.numel() == 0:
+            for objective, rows in model.labelled_features(batch).items():
+                if rows.shape[0] == 0:
                     continue
                 nll: Tensor = linear_cross_entropy(
-                    hidden.index_select(0, positions), model.head_weight, batch.targets[objective], reduction="none"
+                    rows, model.head_weight, batch.targets[objective], bias=model.head_bias, reduction="none"
                 )
                 sums[objective] = sums.get(objective, torch.zeros((), device=device, dtype=torch.float64)) + nll.sum(
                     dtype=torch.float64
                 )
-                counts[objective] = counts.get(objective, 0) + positions.numel()
+                counts[objective] = counts.get(objective, 0) + rows.shape[0]
     if not counts:
         raise InputError("batches must label at least one token; got none")
     return {objective: float(sums[objective]) / counts[objective] for objective in Objective if objective in counts}

@@ -1,7 +1,7 @@
 """Log-probability of whole sentences: read causally, one mask at a time, or as masked next-token prediction.
 
 Sequences of equal length are scored together, so a batch is dense and nothing is ever padded. Masked copies are made
-batch by batch, and only the positions that are read go through the head.
+batch by batch, and only the positions that are read leave the last layer and go through the head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from antlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from antlm_fast.models import LanguageModel
 from antlm_fast.types import InputError, Vocabulary
 
 SECONDS_BETWEEN_LINES = 20.0
@@ -84,7 +85,7 @@ class _Group:
 
 @torch.no_grad()
 def score_sentences(
-    model: Any,
+    model: LanguageModel,
     tokenizer: SentenceTokenizer,
     sentences: Sequence[str],
     read_out: str,
@@ -106,7 +107,7 @@ def score_sentences(
     template starts with a special token, that is no text token; where it does not, the first text token is left out.
 
     Args:
-        model: has hidden_states, head_weight and config.max_position_embeddings, as BabyLlama has.
+        model: any model of this package.
         tokenizer: encodes with its own template.
         sentences: texts, repeats allowed: each distinct one is computed once.
         read_out: "causal", "masked" or "mntp".
@@ -182,7 +183,7 @@ def _check_sequences(
     vocabulary: Vocabulary,
     first_scored: int,
     read_out: str,
-    model: Any,
+    model: LanguageModel,
 ) -> None:
     special = frozenset(vocabulary.special_ids)
     longest = model.config.max_position_embeddings
@@ -242,7 +243,7 @@ def _batches(group: _Group, how: ReadOut, mask_id: int, batch_tokens: int) -> It
 
 
 def _token_nll(
-    model: Any,
+    model: LanguageModel,
     copies: NDArray[np.int64],
     rows: NDArray[np.int64],
     positions: NDArray[np.int64],
@@ -251,15 +252,21 @@ def _token_nll(
     device: torch.device,
 ) -> NDArray[np.float64]:
     num_sequences, length = copies.shape
-    hidden: Tensor = model.hidden_states(
+    # ascending: a sequence's tokens are in order, and so are the sequences
+    read_at = torch.from_numpy(rows * length + positions - how.shift).to(device)
+    hidden = model.hidden_states(
         torch.from_numpy(copies.reshape(-1)).to(device),
         cu_seqlens=torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length,
         max_seqlen=length,
         causal=how.causal,
+        rows=read_at,
     )
-    read_at = torch.from_numpy(rows * length + positions - how.shift).to(device)
     nll: Tensor = linear_cross_entropy(
-        hidden.index_select(0, read_at), model.head_weight, torch.from_numpy(targets).to(device), reduction="none"
+        model.head_features(hidden),
+        model.head_weight,
+        torch.from_numpy(targets).to(device),
+        bias=model.head_bias,
+        reduction="none",
     )
     return nll.double().cpu().numpy()
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from antlm_fast.models.language_model import LanguageModel
 from antlm_fast.types import InputError
 
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: LanguageModel,
     input_ids: Sequence[int] | Tensor,
     max_new_tokens: int,
     *,
@@ -31,7 +31,7 @@ def generate(
     sequence: no state is kept, so what was generated cannot differ from a forward over the result.
 
     Args:
-        model: has hidden_states, head_weight and config, as BabyLlama has.
+        model: any model of this package.
         input_ids: the prompt, (seqlen,), at least one token.
         max_new_tokens: stop after this many.
         temperature: 0 takes the most probable token (the lowest id where two are equal); larger is more random.
@@ -72,8 +72,9 @@ def generate(
     with _evaluation_mode(model):
         for _ in range(max_new_tokens):
             tokens = torch.tensor([ids], dtype=torch.int64, device=model.head_weight.device)
-            hidden: Tensor = model.hidden_states(tokens, causal=True)[0, -1]
-            logits = _allowed_logits(model, hidden, banned)
+            last = torch.tensor([len(ids) - 1], dtype=torch.int64, device=tokens.device)
+            hidden = model.hidden_states(tokens, causal=True, rows=last)
+            logits = _allowed_logits(model, model.head_features(hidden)[0], banned)
             ids.append(_next_token(logits, temperature, top_k, top_p, generator))
             if ids[-1] == eos_id:
                 break
@@ -82,7 +83,7 @@ def generate(
 
 @torch.no_grad()
 def fill(
-    model: Any,
+    model: LanguageModel,
     input_ids: Sequence[int] | Tensor,
     mask_id: int,
     *,
@@ -93,7 +94,7 @@ def fill(
     """What may stand at each masked position, from one bidirectional forward (every mask is hidden at once).
 
     Args:
-        model: has hidden_states, head_weight and config, as BabyLlama has.
+        model: any model of this package.
         input_ids: (seqlen,), with mask_id at least once.
         mask_id: the id to fill; it is never proposed.
         top_k: how many tokens to propose at each position.
@@ -123,8 +124,9 @@ def fill(
         raise InputError("input_ids must have a token before the first mask (shift=1 reads there); got a mask at 0")
     with _evaluation_mode(model):
         tokens = torch.tensor([ids], dtype=torch.int64, device=model.head_weight.device)
-        hidden: Tensor = model.hidden_states(tokens, causal=False)[0, [position - shift for position in masked]]
-        probabilities, proposed = torch.softmax(_allowed_logits(model, hidden, banned), dim=-1).topk(top_k, dim=-1)
+        read_at = torch.tensor([position - shift for position in masked], dtype=torch.int64, device=tokens.device)
+        features = model.head_features(model.hidden_states(tokens, causal=False, rows=read_at))
+        probabilities, proposed = torch.softmax(_allowed_logits(model, features, banned), dim=-1).topk(top_k, dim=-1)
     return {
         position: list(zip(candidates, shares, strict=True))
         for position, candidates, shares in zip(masked, proposed.tolist(), probabilities.tolist(), strict=True)
@@ -165,9 +167,12 @@ def _checked_bans(banned_ids: Collection[int], vocab_size: int) -> list[int]:
     return banned
 
 
-def _allowed_logits(model: Any, hidden: Tensor, banned: list[int]) -> Tensor:
-    """Logits of hidden (..., hidden_size) in float32 on the CPU, (..., vocab_size); minus infinity where banned."""
-    logits = (hidden @ model.head_weight.T).float().cpu()
+def _allowed_logits(model: LanguageModel, features: Tensor, banned: list[int]) -> Tensor:
+    """Logits of features (..., hidden_size) in float32 on the CPU, (..., vocab_size); minus infinity where banned."""
+    logits = features @ model.head_weight.T
+    if model.head_bias is not None:
+        logits = logits + model.head_bias
+    logits = logits.float().cpu()
     logits[..., banned] = float("-inf")
     return logits
 

@@ -8,7 +8,8 @@ from antlm_fast.data.corpus import DataConfig
 from antlm_fast.data.tokenizer import TokenizerConfig
 from antlm_fast.models import BabyLlamaConfig
 from antlm_fast.objectives import MaskingConfig
-from antlm_fast.training.config import BatchConfig, TrainConfig
+from antlm_fast.training.batch_plan import BatchConfig
+from antlm_fast.training.config import TrainConfig
 from antlm_fast.training.lr_schedule import LrScheduleConfig
 from antlm_fast.training.optimizer import OptimizerConfig
 

@@ -7,15 +7,25 @@ from collections.abc import Callable
 
 from antlm_fast.recipes.baby_llama import antlm_babyllama, antlm_babyllama_8_8_8, babyllama, babyllama_mlm
 from antlm_fast.recipes.demo import demo
+from antlm_fast.recipes.gpt_bert import antlm_gptbert, demo_gptbert, gptbert
+from antlm_fast.recipes.ltg_bert import antlm_ltgbert, antlm_ltgbert_xs, demo_ltgbert, ltgbert, ltgbert_clm
 from antlm_fast.training.config import TrainConfig
 from antlm_fast.types import InputError
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
+    "demo-ltgbert": demo_ltgbert,
+    "demo-gptbert": demo_gptbert,
     "babyllama": babyllama,
     "babyllama-mlm": babyllama_mlm,
     "antlm-babyllama": antlm_babyllama,
     "antlm-babyllama-8-8-8": antlm_babyllama_8_8_8,
+    "ltgbert": ltgbert,
+    "ltgbert-clm": ltgbert_clm,
+    "antlm-ltgbert": antlm_ltgbert,
+    "antlm-ltgbert-xs": antlm_ltgbert_xs,
+    "gptbert": gptbert,
+    "antlm-gptbert": antlm_gptbert,
 }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,18 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
+    folder: Path,
+    state: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write folder/step_00001234 atomically (temporary folder, fsync, rename), then drop all but the newest `keep`.
+
+    Args:
+        average: the weights' moving average by parameter name, in a file of its own; None where none is kept.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there are untouched.
@@ -59,6 +69,8 @@ def save_checkpoint(
             "model": dict(model.named_parameters()),
             "optimizer": _moments(model, optimizer),
         }
+        if average is not None:
+            tensors["average"] = dict(average)
         files = {
             f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", tensors[name]) for name in tensors
         }
@@ -82,8 +94,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Restore weights and moments in place.
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+) -> TrainState:
+    """Restore weights and moments in place, and the moving average where one is kept.
 
     Raises:
         InputError: a file is missing, cut short or altered, or belongs to another model; nothing was restored then.
@@ -99,9 +117,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         tensors[name] = _read_tensors(path / name, expected)
     weights = tensors["model.safetensors"]
     _check_fit(path, model, weights)
+    if average is not None and "average.safetensors" not in tensors:
+        raise InputError(f"checkpoint {path} must hold average.safetensors where optimizer.ema_decay is set; got none")
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # tied weights are one parameter, under one name
             parameter.copy_(weights[name])
+        for name, value in (average or {}).items():
+            value.copy_(tensors["average.safetensors"][name])
     _restore_moments(model, optimizer, tensors["optimizer.safetensors"])
     return state
 
@@ -164,7 +186,8 @@ def _check_fit(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> None
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name, parameter in model.named_parameters():
         if shapes.get(name) != tuple(parameter.shape):
-            what = "vocabulary" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "model"
+            config = getattr(model, "config", None)
+            what = "vocabulary" if parameter.shape[0] == getattr(config, "vocab_size", None) else "model"
             raise InputError(
                 f"checkpoint {path} does not match the run's {what}: {name} must have shape {tuple(parameter.shape)}; "
                 f"got {shapes.get(name, 'none')}"

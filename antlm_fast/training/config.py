@@ -7,36 +7,13 @@ from typing import Literal
 
 from antlm_fast.data.corpus import DataConfig
 from antlm_fast.data.tokenizer import TokenizerConfig
-from antlm_fast.models import BabyLlamaConfig
+from antlm_fast.models import BabyLlamaConfig, ModelConfig
 from antlm_fast.objectives import MaskingConfig
 from antlm_fast.schedule import Schedule
+from antlm_fast.training.batch_plan import BatchConfig
 from antlm_fast.training.lr_schedule import LrScheduleConfig
 from antlm_fast.training.optimizer import OptimizerConfig
 from antlm_fast.types import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """Sizes of a step.
-
-    Args:
-        rows_per_step: rows in one optimizer step; the last step of an epoch takes what is left.
-        rows_per_micro_batch: rows in one forward and backward; their gradients add up to the step's, each labelled
-            token weighing the same. None takes the whole step at once.
-    """
-
-    rows_per_step: int = 32
-    rows_per_micro_batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.rows_per_step < 1:
-            raise InputError(f"batch.rows_per_step must be at least 1; got {self.rows_per_step}")
-        if self.rows_per_micro_batch is not None and self.rows_per_micro_batch < 1:
-            raise InputError(f"batch.rows_per_micro_batch must be at least 1, or none; got {self.rows_per_micro_batch}")
-
-    @property
-    def micro_rows(self) -> int:
-        return min(self.rows_per_micro_batch or self.rows_per_step, self.rows_per_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +23,13 @@ class LossConfig:
     Args:
         z_loss: weight of logsumexp^2 per labelled token.
         label_smoothing: share of the target spread over the vocabulary.
+        last_layer_rows: where at most half of a micro-batch's tokens are labelled, a model that can computes only
+            those in its last layer. The same loss for less work; with dropout, other elements are dropped.
     """
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    last_layer_rows: bool = True
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
@@ -133,6 +113,7 @@ class TrainConfig:
         seed: of the weights, the order of rows and the masks.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware computes in it.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
+        model: its sizes; model.architecture says which of the classes of antlm_fast.models it is.
     """
 
     name: str
@@ -142,7 +123,7 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
-    model: BabyLlamaConfig = field(default_factory=BabyLlamaConfig)
+    model: ModelConfig = field(default_factory=BabyLlamaConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -164,8 +145,4 @@ class TrainConfig:
             raise InputError(f"precision must be 'auto', 'float32' or 'bfloat16'; got {self.precision!r}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be at least 0 and below 2^63; got {self.seed}")
-        if self.data.row_tokens > self.model.max_position_embeddings:
-            raise InputError(
-                f"data.row_tokens must be at most model.max_position_embeddings "
-                f"({self.model.max_position_embeddings}); got {self.data.row_tokens}"
-            )
+        self.batch.check_lengths(self.data.row_tokens, self.model.max_position_embeddings)

@@ -1,36 +1,53 @@
-"""The optimizer: AdamW with weight decay on matrices only."""
+"""The optimizer: AdamW or LAMB, with weight decay on matrices only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
+from antlm_fast.training.lamb import Lamb
 from antlm_fast.types import InputError
+
+KINDS = ("adamw", "lamb")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) and what surrounds a step.
+    """What a step does with the gradient, and what surrounds it.
 
     Args:
+        kind: "adamw" (arXiv 1711.05101), or "lamb" (arXiv 1904.00962), whose step of a matrix is as long as the
+            matrix, whatever the gradient; its rates are some ten times AdamW's.
         lr: peak learning rate; its course is LrScheduleConfig's.
-        beta1, beta2, eps: of AdamW.
-        weight_decay: on parameters with two axes or more (embeddings included, norms not), as Hugging Face's Trainer.
+        beta1, beta2, eps: of either kind.
+        weight_decay: on parameters with two axes or more, as Hugging Face's Trainer; never on biases and norms.
+        decay_embeddings: whether tables that are looked up (nn.Embedding; a head tied to one is that table) are
+            matrices in this sense. True is BabyLlama's; LTG-BERT and GPT-BERT leave them out. Under "lamb" what is
+            not decayed also takes the trust ratio 1.
         clip_norm: the gradient's largest global 2-norm; None never clips.
         reset_on_switch: forget the moments when a phase begins; AntLM is silent, so the default keeps them.
+        ema_decay: keep an average of the weights in float32, a <- ema_decay * a + (1 - ema_decay) * w after each
+            step, beginning with the first weights. Validation, the finished model and its minimal pairs are then the
+            average's; training goes on from the weights themselves. None keeps none.
     """
 
+    kind: Literal["adamw", "lamb"] = "adamw"
     lr: float = 2.5e-4
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_embeddings: bool = True
     clip_norm: float | None = 1.0
     reset_on_switch: bool = False
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"optimizer.kind must be 'adamw' or 'lamb'; got {self.kind!r}")
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 raise InputError(f"optimizer.{name} must be above 0; got {getattr(self, name)}")
@@ -41,19 +58,40 @@ class OptimizerConfig:
             raise InputError(f"optimizer.weight_decay must be at least 0; got {self.weight_decay}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"optimizer.clip_norm must be above 0, or none; got {self.clip_norm}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InputError(f"optimizer.ema_decay must be at least 0 and below 1, or none; got {self.ema_decay}")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; one fused pass over memory on CPU and CUDA."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameters, in two groups: decayed, and not.
+
+    AdamW is one fused pass over memory on CPU and CUDA.
+    """
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and not config.decay_embeddings
+        for parameter in module.parameters()
+    }
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in model.parameters():
+        groups[parameter.ndim < 2 or id(parameter) in tables].append(parameter)
+    decayed, others = groups
+    betas = (config.beta1, config.beta2)
+    if config.kind == "lamb":
+        return Lamb(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay, "trust_ratio": True},
+                {"params": others, "weight_decay": 0.0, "trust_ratio": False},
+            ],
+            lr=config.lr,
+            betas=betas,
+            eps=config.eps,
+        )
     return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        betas=betas,
         eps=config.eps,
         fused=True,
     )

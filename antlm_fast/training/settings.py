@@ -34,7 +34,7 @@ def from_dict(values: Mapping[str, Any], *, start: TrainConfig | None = None) ->
     Raises:
         InputError: an unknown name (with the nearest ones), a wrong type, or a value its component refuses.
     """
-    return _build(TrainConfig, values, start, prefix="")
+    return _Reader(values, start).build(TrainConfig, values, start, prefix="")
 
 
 def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
@@ -86,50 +86,84 @@ class _Text(str):
     """A value that still has to be read by its field's type."""
 
 
-def _build(cls: type[Any], values: Any, start: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{prefix.rstrip('.')} must be a table of settings; got {str(values)!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    arguments: dict[str, Any] = {} if start is None else {name: getattr(start, name) for name in fields}
-    for name, value in values.items():
-        if name not in fields:
-            raise InputError(_unknown(name, prefix, cls))
-        if dataclasses.is_dataclass(hints[name]):
+class _Reader:
+    """Builds the dataclasses; knows which class was chosen where there are several, so that names can be suggested.
+
+    Args:
+        values: all settings, nested.
+        start: what is not given is taken from it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], start: TrainConfig | None) -> None:
+        self._known = _all_names(TrainConfig, values, start, "")
+
+    def build(self, cls: type[Any], values: Any, start: Any, prefix: str) -> Any:
+        if not isinstance(values, Mapping):
+            raise InputError(f"{prefix.rstrip('.')} must be a table of settings; got {str(values)!r}")
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        arguments: dict[str, Any] = {} if start is None else {name: getattr(start, name) for name in fields}
+        for name, value in values.items():
+            if name not in fields:
+                raise InputError(self._unknown(name, prefix, cls))
             below = None if start is None else getattr(start, name)
-            arguments[name] = _build(typing.cast(type, hints[name]), value, below, f"{prefix}{name}.")
-        else:
-            arguments[name] = _read(value, hints[name], f"{prefix}{name}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in arguments
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(f"{prefix}{missing[0]} must be given; got none")
-    try:
-        return cls(**arguments)
-    except ValueError as error:  # a component names its own field; which component it is, is known here
-        message = str(error)
-        raise InputError(message if message.startswith(prefix) else prefix + message) from None
+            part = _class_of(hints[name], value, below, f"{prefix}{name}")
+            if part is None:
+                arguments[name] = _read(value, hints[name], f"{prefix}{name}")
+            else:  # another class than before takes its own defaults
+                arguments[name] = self.build(part, value, below if type(below) is part else None, f"{prefix}{name}.")
+        missing = [
+            name
+            for name, field in fields.items()
+            if name not in arguments
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise InputError(f"{prefix}{missing[0]} must be given; got none")
+        try:
+            return cls(**arguments)
+        except ValueError as error:  # a component names its own field; which component it is, is known here
+            message = str(error)
+            raise InputError(message if message.startswith(prefix) else prefix + message) from None
+
+    def _unknown(self, name: str, prefix: str, cls: type[Any]) -> str:
+        here = [prefix + field.name for field in dataclasses.fields(cls)]
+        near = [known for known in self._known if known.split(".")[-1] == name]
+        near += [
+            known for known in difflib.get_close_matches(prefix + name, here + self._known, n=3) if known not in near
+        ]
+        return f"setting {prefix + name!r} must be a known name; the nearest are {', '.join((near or here)[:6])}"
 
 
-def _unknown(name: str, prefix: str, cls: type[Any]) -> str:
-    everywhere = _all_names(TrainConfig, "")
-    here = [prefix + field.name for field in dataclasses.fields(cls)]
-    near = [known for known in everywhere if known.split(".")[-1] == name]
-    near += [known for known in difflib.get_close_matches(prefix + name, here + everywhere, n=3) if known not in near]
-    if not near:
-        near = here
-    return f"setting {prefix + name!r} must be a known name; the nearest are {', '.join(near[:6])}"
+def _class_of(hint: Any, value: Any, start: Any, name: str) -> type[Any] | None:
+    """The dataclass that this field's value is built as, or None where the field is a plain value.
+
+    Where there are several, their first field names each (model.architecture); without it, the class is start's, and
+    without that the first of them.
+    """
+    options: list[Any] = [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
+    if len(options) < 2:
+        return options[0] if options else None
+    key = dataclasses.fields(options[0])[0].name
+    by_name = {dataclasses.fields(option)[0].default: option for option in options}
+    wanted = value.get(key) if isinstance(value, Mapping) else None
+    if wanted is None:
+        return options[0] if start is None else type(start)
+    if wanted not in by_name:
+        raise InputError(f"{name}.{key} must be one of {', '.join(map(str, by_name))}; got {str(wanted)!r}")
+    chosen: type[Any] = by_name[wanted]
+    return chosen
 
 
-def _all_names(cls: type[Any], prefix: str) -> list[str]:
+def _all_names(cls: type[Any], values: Any, start: Any, prefix: str) -> list[str]:
+    """Every setting there is, under the classes that these values choose."""
     names: list[str] = []
     for name, hint in typing.get_type_hints(cls).items():
-        names += _all_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
+        value = values.get(name) if isinstance(values, Mapping) else None
+        below = getattr(start, name, None)
+        part = _class_of(hint, value, below, prefix + name)
+        names += [prefix + name] if part is None else _all_names(part, value, below, f"{prefix}{name}.")
     return names
 
 
@@ -144,7 +178,7 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     if origin is typing.Literal:
         return str(value)  # the component itself names its choices
     if origin is tuple:
-        parts = value.split(",") if isinstance(value, _Text) else value
+        parts = (value.split(",") if value else []) if isinstance(value, _Text) else value
         if not isinstance(parts, list | tuple):
             raise InputError(f"{name} must be a list; got {value!r}")
         return tuple(str(part).strip() for part in parts)

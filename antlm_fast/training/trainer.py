@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from antlm_fast.data.rows import Rows
 from antlm_fast.evaluation.held_out_text import fixed_batches
 from antlm_fast.evaluation.perplexity import mean_losses
-from antlm_fast.models import BabyLlama
+from antlm_fast.models import LanguageModel
 from antlm_fast.objectives import make_batch
 from antlm_fast.schedule import Schedule
+from antlm_fast.training.batch_plan import BatchPlan, steps_per_epoch
 from antlm_fast.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from antlm_fast.training.config import TrainConfig
 from antlm_fast.training.lr_schedule import lr_at
 from antlm_fast.training.metrics import MetricsLog
 from antlm_fast.training.optimizer import build_optimizer
 from antlm_fast.training.progress import Progress
+from antlm_fast.training.weight_average import WeightAverage
 from antlm_fast.types import InputError, Objective, PackedBatch, Vocabulary
 
 RANK = 0  # one process trains; the masks' key has a place for more
@@ -30,21 +34,23 @@ RANK = 0  # one process trains; the masks' key has a place for more
 class Trainer:
     """Trains a model through a schedule's phases, resumable at any moment with the same result.
 
-    Determinism: batches, masks and rates are functions of (config, step); with the same hardware, torch and number
-    of threads, a run that was killed and resumed has the same weights and metrics.jsonl, bit for bit, on a CPU.
+    Determinism: batches, masks, rates and the seed of dropout are functions of (config, step); with the same
+    hardware, torch and number of threads, a run that was killed and resumed has the same weights and metrics.jsonl,
+    bit for bit, on a CPU. Training seeds torch's default generator.
 
     Args:
         config: with device and precision resolved (no "auto").
         model: on the config's device.
         vocabulary: of the tokenizer that made the rows.
-        train_rows, validation_rows: the data.
+        train_rows, validation_rows: the data, both in rows of data.row_tokens; the length ramp makes longer ones of
+            the first alone.
         run_folder: holds metrics.jsonl, throughput.jsonl and checkpoints/.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        model: BabyLlama,
+        model: LanguageModel,
         vocabulary: Vocabulary,
         train_rows: Rows,
         validation_rows: Rows,
@@ -53,13 +59,24 @@ class Trainer:
         self.config = config
         self.model = model
         self.vocabulary = vocabulary
-        self.rows = train_rows
+        self.rows = {train_rows.row_tokens: train_rows}
+        for row_tokens, _ in config.batch.stages:
+            try:
+                self.rows[row_tokens] = train_rows.with_row_tokens(row_tokens)
+            except InputError as error:
+                raise InputError(f"batch.length_ramp: {error}") from None
         self.run_folder = run_folder
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, config.optimizer)
-        steps_per_epoch = math.ceil(train_rows.rows_per_epoch / config.batch.rows_per_step)
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else WeightAverage(model, decay)
         self.timeline = Schedule.parse(config.schedule).timeline(
-            steps_per_epoch, epochs=config.epochs, steps=config.steps
+            steps_per_epoch(config.batch, train_rows.rows_per_epoch), epochs=config.epochs, steps=config.steps
+        )
+        self.plan = BatchPlan(
+            config.batch,
+            {row_tokens: rows.rows_per_epoch for row_tokens, rows in self.rows.items()},
+            self.timeline.total_steps,
         )
         masked = {phase.masked_objective for phase in self.timeline.phases if phase.masked_share > 0}
         self.validation_batches = list(
@@ -90,7 +107,7 @@ class Trainer:
         state = TrainState(step=0, tokens=0, metrics_bytes=0, loss_sums={}, loss_counts={})
         newest = latest_checkpoint(self.checkpoints) if resume else None
         if newest is not None:
-            state = load_checkpoint(newest, self.model, self.optimizer)
+            state = load_checkpoint(newest, self.model, self.optimizer, average=self._averages)
         self._loss_sums = {name: self._scalar(value) for name, value in state.loss_sums.items()}
         self._loss_counts = dict(state.loss_counts)
         self._tokens = state.tokens
@@ -115,6 +132,14 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         return self.run_folder / "checkpoints"
+
+    @property
+    def _averages(self) -> dict[str, Tensor] | None:
+        return None if self.average is None else self.average.tensors
+
+    def judged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """While this is open, the model holds what is validated and published: the average, where one is kept."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_model()
 
     def _train(self, first_step: int, log: MetricsLog, progress: Progress) -> None:
         total_steps = self.timeline.total_steps
@@ -172,10 +197,14 @@ class Trainer:
         labelled = max(sum(sum(batch.num_labelled.values()) for batch in batches), 1)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in batches:
+        for micro_batch, batch in enumerate(batches):
+            torch.manual_seed(dropout_seed(config.seed, step, micro_batch, RANK))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 sums = self.model.loss_sums(
-                    batch.to(self.device), z_loss=config.loss.z_loss, label_smoothing=config.loss.label_smoothing
+                    batch.to(self.device),
+                    z_loss=config.loss.z_loss,
+                    label_smoothing=config.loss.label_smoothing,
+                    last_layer_rows=config.loss.last_layer_rows,
                 )
                 loss = torch.stack(list(sums.values())).sum() / labelled
             loss.backward()
@@ -185,6 +214,8 @@ class Trainer:
         largest = config.optimizer.clip_norm if config.optimizer.clip_norm is not None else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         return grad_norm, sum(batch.num_tokens for batch in batches)
 
     def _check_finite(self, done: int, grad_norm: Tensor) -> None:
@@ -192,19 +223,15 @@ class Trainer:
         if not math.isfinite(float(grad_norm)):
             raise InputError(
                 f"training diverged by step {done}: the gradient's norm is {float(grad_norm)}; lower optimizer.lr "
-                f"({self.config.optimizer.lr}) or raise lr_schedule.warmup_steps, and begin in another --output"
+                f"({self.config.optimizer.lr}) or lengthen the warm-up (lr_schedule), and begin in another --output"
             )
 
     def _train_batches(self, step: int) -> Iterator[PackedBatch]:
         """The micro-batches of a step: a pure function of (config, step)."""
-        sizes = self.config.batch
-        epoch, place = divmod(step, self.timeline.steps_per_epoch)
-        first = place * sizes.rows_per_step
-        end = min(first + sizes.rows_per_step, self.rows.rows_per_epoch)
         phase = self.timeline.at(step)
-        for micro_batch, start in enumerate(range(first, end, sizes.micro_rows)):
+        for micro_batch, span in enumerate(self.plan.micro_batches(step)):
             yield make_batch(
-                self.rows.read(epoch, start, min(start + sizes.micro_rows, end)),
+                self.rows[span.row_tokens].read(span.epoch, span.start, span.stop),
                 masked_share=phase.masked_share,
                 masked_objective=phase.masked_objective,
                 visibility=phase.visibility,
@@ -215,7 +242,8 @@ class Trainer:
             )
 
     def _evaluate(self, done: int, log: MetricsLog, progress: Progress) -> None:
-        losses = mean_losses(self.model, self.validation_batches, self.config.precision)
+        with self.judged_weights():
+            losses = mean_losses(self.model, self.validation_batches, self.config.precision)
         named = {str(objective): loss for objective, loss in losses.items()}
         record = {
             "kind": "validation",
@@ -235,7 +263,14 @@ class Trainer:
             loss_sums={name: float(value) for name, value in self._loss_sums.items()},
             loss_counts=dict(self._loss_counts),
         )
-        save_checkpoint(self.checkpoints, state, self.model, self.optimizer, keep=self.config.checkpoint.keep)
+        save_checkpoint(
+            self.checkpoints,
+            state,
+            self.model,
+            self.optimizer,
+            keep=self.config.checkpoint.keep,
+            average=self._averages,
+        )
 
     def _take_losses(self, step: int) -> dict[str, float]:
         """Mean loss per labelled token since the last training line, by objective; starts the next line."""
@@ -278,3 +313,9 @@ class Trainer:
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """What torch's default generator is seeded with before a micro-batch; below 2^63."""
+    key = np.random.SeedSequence([seed, step, micro_batch, rank, 4])  # 4: apart from the masks' and the rows' streams
+    return int(key.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -32,7 +32,7 @@ def _serves_everything(call: AttentionCall) -> str | None:
     return None
 
 
-def _triton_unsupported_reason(call: AttentionCall) -> str | None:
+def triton_unsupported_reason(call: AttentionCall) -> str | None:
     if call.dtype == torch.float64:
         return "the Triton kernels compute float16, bfloat16 and float32, not float64"
     if call.head_dim > _MAX_TRITON_HEAD_DIM:
@@ -54,12 +54,12 @@ def _triton_varlen(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tens
 
 # the order is the preference of impl="auto"
 DENSE: Table[AttentionCall] = {
-    "triton": Implementation(_triton_unsupported_reason, _triton_dense),
+    "triton": Implementation(triton_unsupported_reason, _triton_dense),
     "torch": Implementation(_serves_everything, torch_impl.attention),
     "reference": Implementation(_serves_everything, reference.attention),
 }
 VARLEN: Table[AttentionCall] = {
-    "triton": Implementation(_triton_unsupported_reason, _triton_varlen),
+    "triton": Implementation(triton_unsupported_reason, _triton_varlen),
     "torch": Implementation(_serves_everything, torch_impl.attention_varlen),
     "reference": Implementation(_serves_everything, reference.attention_varlen),
 }

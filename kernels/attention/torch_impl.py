@@ -16,13 +16,15 @@ from __future__ import annotations
 import torch
 
 from antlm_fast.kernels.attention.torch_dense import Dropout, fused, materialised
-from antlm_fast.kernels.attention.torch_plan import (
-    Block,
-    Plan,
-    RowMap,
-    dense_device_plan,
-    device_plan,
-    host_plan,
+from antlm_fast.kernels.attention.torch_plan import Block, Plan, dense_device_plan, device_plan, host_plan, prefixes
+from antlm_fast.kernels.attention.torch_rows import (
+    is_trivial,
+    no_lse,
+    nothing_to_see,
+    packed_rows,
+    pad,
+    unpad,
+    unpad_lse,
 )
 
 # of one head's scores: from here on, on the CPU, fused attention wins
@@ -44,13 +46,13 @@ def attention(
     batch, len_q, heads, _ = q.shape
     len_k = k.shape[1]
     if not q.numel() or not k.numel():
-        return _nothing_to_see(q, k, v), _no_lse(q, (batch, heads, len_q)) if return_lse else None
+        return nothing_to_see(q, k, v), no_lse(q, (batch, heads, len_q)) if return_lse else None
     if _host_may_read(q):
         starts_q, starts_k = tuple(range(0, (batch + 1) * len_q, len_q)), tuple(range(0, (batch + 1) * len_k, len_k))
-        plan = host_plan(starts_q, starts_k, _prefixes(prefix_len, batch), batch * len_q, batch * len_k, _max_scores(q))
+        plan = host_plan(starts_q, starts_k, prefixes(prefix_len, batch), batch * len_q, batch * len_k, _max_scores(q))
     else:
         plan = dense_device_plan(batch, len_q, len_k, prefix_len, q.device)
-    if plan.map_q is None and plan.map_k is None and len(plan.blocks) == 1:
+    if is_trivial(plan):
         return _run_block(q, k, v, plan.blocks[0], softmax_scale, dropout_p, dropout_seed, return_lse, None)
     out, lse = _run(
         plan, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), softmax_scale, dropout_p, dropout_seed, return_lse
@@ -76,11 +78,10 @@ def attention_varlen(
     """Packed attention; arguments as in api.attention_varlen, with one prefix length for all (int) or for each."""
     num_seqs = cu_seqlens_q.numel() - 1
     if not (q.numel() and k.numel() and num_seqs and max_seqlen_q and max_seqlen_k):
-        return _nothing_to_see(q, k, v), _no_lse(q, (q.shape[1], q.shape[0])) if return_lse else None
+        return nothing_to_see(q, k, v), no_lse(q, (q.shape[1], q.shape[0])) if return_lse else None
     if _host_may_read(q):
         starts_q, starts_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
-        prefixes = _prefixes(prefix_len, num_seqs)
-        plan = host_plan(starts_q, starts_k, prefixes, q.shape[0], k.shape[0], _max_scores(q))
+        plan = host_plan(starts_q, starts_k, prefixes(prefix_len, num_seqs), q.shape[0], k.shape[0], _max_scores(q))
     else:
         plan = device_plan(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, prefix_len, q.shape[0], k.shape[0])
     return _run(plan, q, k, v, softmax_scale, dropout_p, dropout_seed, return_lse)
@@ -98,8 +99,8 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A plan over packed rows: pad, run each block, unpad."""
     if not plan.blocks:
-        return _nothing_to_see(q, k, v), _no_lse(q, (q.shape[1], q.shape[0])) if return_lse else None
-    q, k, v = _pad(q, plan.map_q), _pad(k, plan.map_k), _pad(v, plan.map_k)
+        return nothing_to_see(q, k, v), no_lse(q, (q.shape[1], q.shape[0])) if return_lse else None
+    q, k, v = pad(q, plan.map_q), pad(k, plan.map_k), pad(v, plan.map_k)
     sizes_q = [block.num_seqs * block.len_q for block in plan.blocks]
     sizes_k = [block.num_seqs * block.len_k for block in plan.blocks]
     outs, lses = [], []
@@ -109,7 +110,7 @@ def _run(
     ):
         rows_q = None
         if dropout_seed is not None:
-            rows_q = _packed_rows(plan.map_q, first_q, part_q).view(block.num_seqs, block.len_q)
+            rows_q = packed_rows(plan.map_q, first_q, block, q.device)
         first_q += part_q.shape[0]
         out, lse = _run_block(
             part_q.unflatten(0, (block.num_seqs, block.len_q)),
@@ -125,15 +126,10 @@ def _run(
         outs.append(out.flatten(0, 1))
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
-    out = _unpad(torch.cat(outs) if len(outs) > 1 else outs[0], plan.map_q)
+    out = unpad(torch.cat(outs) if len(outs) > 1 else outs[0], plan.map_q)
     if not lses:
         return out, None
-    lse = torch.cat(lses, 1)
-    if plan.map_q is not None:
-        lse = lse.index_select(1, plan.map_q.slots)
-        if plan.map_q.slack is not None:
-            lse = lse.masked_fill(plan.map_q.slack.view(-1), -torch.inf)
-    return out, lse
+    return out, unpad_lse(torch.cat(lses, 1), plan.map_q)
 
 
 def _run_block(
@@ -173,68 +169,3 @@ def _fused_is_better(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: B
 
 def _max_scores(q: torch.Tensor) -> int:
     return _MATERIALISED_KIB * 2**10 // q.element_size()
-
-
-def _prefixes(prefix_len: int | torch.Tensor, num_seqs: int) -> tuple[int, ...]:
-    return (prefix_len,) * num_seqs if isinstance(prefix_len, int) else tuple(prefix_len.tolist())
-
-
-def _nothing_to_see(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Zeros of q's shape that still pass (zero) gradients to all three."""
-    zeros = q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
-    return zeros + sum(x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0).sum() for x in (k, v))
-
-
-def _no_lse(q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.full(shape, -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-
-
-def _packed_rows(row_map: RowMap | None, first: int, part: torch.Tensor) -> torch.Tensor:
-    if row_map is None:
-        return torch.arange(first, first + part.shape[0], device=part.device)
-    return row_map.rows[first : first + part.shape[0]]
-
-
-def _pad(x: torch.Tensor, row_map: RowMap | None) -> torch.Tensor:
-    return x if row_map is None else _Pad.apply(x, row_map)
-
-
-def _unpad(x: torch.Tensor, row_map: RowMap | None) -> torch.Tensor:
-    return x if row_map is None else _Unpad.apply(x, row_map)
-
-
-def _to_slots(x: torch.Tensor, row_map: RowMap) -> torch.Tensor:
-    return x.index_select(0, row_map.rows)
-
-
-def _to_rows(x: torch.Tensor, row_map: RowMap) -> torch.Tensor:
-    if not x.shape[0]:
-        return x.new_zeros(row_map.slots.shape[0], *x.shape[1:])
-    rows = x.index_select(0, row_map.slots)
-    return rows if row_map.slack is None else rows.masked_fill_(row_map.slack, 0.0)
-
-
-class _Pad(torch.autograd.Function):
-    """Packed rows to slots. The way back is a gather too, since padding slots have no gradient: autograd would add."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, row_map: RowMap) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.row_map = row_map
-        return _to_slots(x, row_map)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):  # type: ignore[no-untyped-def]
-        return _to_rows(gradient, ctx.row_map), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Slots to packed rows; what padding slots are handed back is multiplied by probabilities that are 0."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, row_map: RowMap) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.row_map = row_map
-        return _to_rows(x, row_map)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):  # type: ignore[no-untyped-def]
-        return _to_slots(gradient, ctx.row_map), None

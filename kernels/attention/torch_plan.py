@@ -62,7 +62,7 @@ class Plan:
 def host_plan(
     starts_q: tuple[int, ...],
     starts_k: tuple[int, ...],
-    prefixes: tuple[int, ...],
+    prefix_lens: tuple[int, ...],
     total_q: int,
     total_k: int,
     max_scores: int,
@@ -75,7 +75,7 @@ def host_plan(
     groups: dict[tuple[int, ...], list[int]] = {}
     lens_q = [stop - start for start, stop in pairwise(starts_q)]
     lens_k = [stop - start for start, stop in pairwise(starts_k)]
-    visible = [_canonical(*sizes) for sizes in zip(lens_q, lens_k, prefixes, strict=True)]
+    visible = [_canonical(*sizes) for sizes in zip(lens_q, lens_k, prefix_lens, strict=True)]
     for s, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
         if len_q == 0 and len_k == 0:
             continue
@@ -117,6 +117,11 @@ def dense_device_plan(batch: int, len_q: int, len_k: int, prefix_len: int | torc
     limits = row_limits(rows, len_q, len_k, _column(prefix_len)).view(-1, len_q)
     causal = isinstance(prefix_len, int) and len_q == len_k
     return Plan((Block(batch, len_q, len_k, limits, causal=causal, unseen=not causal),), None, None)
+
+
+def prefixes(prefix_len: int | torch.Tensor, num_seqs: int) -> tuple[int, ...]:
+    """The host's prefix length of each sequence."""
+    return (prefix_len,) * num_seqs if isinstance(prefix_len, int) else tuple(prefix_len.tolist())
 
 
 def row_limits(

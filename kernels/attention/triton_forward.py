@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from antlm_fast.kernels.attention.triton_relative import relative_scores, term_rows
 from antlm_fast.kernels.attention.triton_visibility import (
     kept_keys,
     load_rows,
@@ -40,10 +41,17 @@ def _attend(
     packed_rows,
     head,
     drop_below,
+    positions,
+    c2p_ptrs,
+    p2c_ptr,
+    buckets_ptr,
+    start_k,
+    total_k,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -54,7 +62,12 @@ def _attend(
         cols = col + tile_cols
         k = load_rows(k_ptrs + offset(col, stride_kt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         v = load_rows(v_ptrs + offset(col, stride_vt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if buckets_ptr is not None:
+            p2c_ptrs = term_rows(p2c_ptr, head, total_k, start_k, cols[None, :], len_k, TABLE_ROWS, MASKED, WIDE)
+            terms = relative_scores(c2p_ptrs, p2c_ptrs, buckets_ptr, cols[None, :] - positions[:, None])
+            scores = tl.dot(q, tl.trans(k), terms, input_precision=PRECISION)
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             scores = tl.where(cols[None, :] < limits[:, None], scores * scale_log2, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -76,10 +89,11 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_prefix", "drop_below", "num_seqs", "heads", "group", "total_q", "max_seqlen_q"
+        "stride_prefix", "drop_below", "num_seqs", "heads", "group", "total_q", "total_k", "max_seqlen_q", "reach"
     ],
     do_not_specialize_on_alignment=[
-        "log2_sums_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "prefix_len_ptr", "dropout_seed_ptr"
+        "log2_sums_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "prefix_len_ptr", "dropout_seed_ptr",
+        "buckets_ptr",
     ],
 )  # fmt: skip
 def forward_kernel(
@@ -92,6 +106,9 @@ def forward_kernel(
     cu_seqlens_k_ptr,
     prefix_len_ptr,
     dropout_seed_ptr,
+    c2p_ptr,  # (heads, total_q, TABLE_ROWS), or None: triton_relative
+    p2c_ptr,  # (heads, total_k, TABLE_ROWS), or None
+    buckets_ptr,  # (2 * reach + 1,): the terms' column for each (key - query) from -reach on; None without terms
     stride_qt,
     stride_qh,
     stride_kt,
@@ -106,11 +123,14 @@ def forward_kernel(
     heads,
     group,
     total_q,
+    total_k,
     max_seqlen_q,
+    reach,  # no two tokens' distance is larger, those of a tile past the ends included; None without terms
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -146,6 +166,10 @@ def forward_kernel(
     v_ptrs = v_ptr + offset(tile_cols, stride_vt, WIDE)[:, None] + dims[None, :]
     seed = tl.load(dropout_seed_ptr) if DROPOUT else 0
     packed_rows = start_q + rows
+    positions = rows + len_k - len_q
+    if buckets_ptr is not None:
+        buckets_ptr += reach
+    c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[:, None], len_q, TABLE_ROWS, True, WIDE)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -153,12 +177,14 @@ def forward_kernel(
     acc, running_max, running_sum = _attend(
         acc, running_max, running_sum, q, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, 0, stop_unmasked, len_k,
         scale_log2, seed, packed_rows, head, drop_below,
-        HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT, PRECISION, WIDE,
+        positions, c2p_ptrs, p2c_ptr, buckets_ptr, start_k, total_k,
+        HEAD_DIM, BLOCK_D, BLOCK_N, False, TABLE_ROWS, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
     acc, running_max, running_sum = _attend(
         acc, running_max, running_sum, q, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, stop_unmasked, stop_col, len_k,
         scale_log2, seed, packed_rows, head, drop_below,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT, PRECISION, WIDE,
+        positions, c2p_ptrs, p2c_ptr, buckets_ptr, start_k, total_k,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, TABLE_ROWS, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
 
     # A row that saw no key gives 0 (a NaN among its inputs stays a NaN).

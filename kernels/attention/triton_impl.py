@@ -7,9 +7,12 @@ flags' values of the moment. The ops are opaque to torch.compile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from antlm_fast.kernels.attention.triton_launches import AttentionLaunches, delta_launch
+from antlm_fast.kernels.attention.triton_tables import relative_terms
 from antlm_fast.kernels.triton_support.launch import log2_scale
 
 
@@ -31,7 +34,7 @@ def attention(
     if rows >= 2**31:
         raise ValueError(f"q and k must have fewer than 2**31 rows; got {rows}")
     counts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    out, lse = _attention(
+    out, lse = attend(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
@@ -65,7 +68,7 @@ def attention_varlen(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention; arguments as in api.attention_varlen, with one prefix length for all (int) or for each."""
-    return _attention(
+    return attend(
         q,
         k,
         v,
@@ -82,7 +85,7 @@ def attention_varlen(
     )
 
 
-def _attention(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -97,7 +100,15 @@ def _attention(
     return_lse: bool,
     *,
     slack: bool,
+    c2p: torch.Tensor | None = None,
+    p2c: torch.Tensor | None = None,
+    bucket_ends: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed attention, for other ops too: `slack` is False where no row lies past the last sequence.
+
+    c2p, p2c, bucket_ends: relative terms of the scores, see triton_tables.relative_terms; they need a softmax_scale of
+    at least 0, and heads that are not grouped.
+    """
     if isinstance(prefix_len, int):
         prefix_len = torch.full((1,), prefix_len, dtype=torch.int32, device=q.device).expand(cu_q.numel() - 1)
     else:
@@ -106,7 +117,7 @@ def _attention(
     if softmax_scale < 0:  # the kernels scale the maximum, not the scores, which keeps the order only upwards
         q, softmax_scale = -q, -softmax_scale
     out, log2_sums = forward_op(
-        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, softmax_scale, dropout_p, max_q, max_k, slack
+        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, c2p, p2c, bucket_ends, softmax_scale, dropout_p, max_q, max_k, slack
     )
     if not return_lse:
         return out, None
@@ -123,6 +134,9 @@ def forward_op(
     cu_k: torch.Tensor,
     prefix_len: torch.Tensor,
     dropout_seed: torch.Tensor | None,
+    c2p: torch.Tensor | None,
+    p2c: torch.Tensor | None,
+    bucket_ends: Sequence[int],
     softmax_scale: float,
     dropout_p: float,
     max_q: int,
@@ -131,8 +145,9 @@ def forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, log2 of the softmax's denominators (heads, total_q): +inf where a row sees no key)."""
     out, log2_sums = _new_forward(q)
+    relative = relative_terms(c2p, p2c, bucket_ends, min(max(max_q, max_k), max(q.shape[0], k.shape[0])))
     call = AttentionLaunches(
-        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, softmax_scale, dropout_p, max_q, max_k, slack
+        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, relative, softmax_scale, dropout_p, max_q, max_k, slack
     )
     call.forward(out, log2_sums).run(q.device)
     return out, log2_sums
@@ -176,24 +191,32 @@ def backward_q_op(
     cu_k: torch.Tensor,
     prefix_len: torch.Tensor,
     dropout_seed: torch.Tensor | None,
+    c2p: torch.Tensor | None,
+    p2c: torch.Tensor | None,
+    bucket_ends: Sequence[int],
     softmax_scale: float,
     dropout_p: float,
     max_q: int,
     max_k: int,
     slack: bool,
-) -> torch.Tensor:
-    """The gradient of q."""
-    dq = q.new_empty(q.shape)
+) -> list[torch.Tensor]:
+    """The gradients of q and, where it is there, c2p."""
+    gradients = _new_backward_q(q, c2p)
+    relative = relative_terms(c2p, p2c, bucket_ends, min(max(max_q, max_k), max(q.shape[0], k.shape[0])))
     call = AttentionLaunches(
-        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, softmax_scale, dropout_p, max_q, max_k, slack
+        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, relative, softmax_scale, dropout_p, max_q, max_k, slack
     )
-    call.dq(d_out, log2_sums, delta, dq).run(q.device)
-    return dq
+    call.dq(d_out, log2_sums, delta, *gradients).run(q.device)
+    return gradients
 
 
 @backward_q_op.register_fake
-def _(d_out, log2_sums, delta, q, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape)
+def _(d_out, log2_sums, delta, q, k, v, cu_q, cu_k, prefix_len, dropout_seed, c2p, *rest):  # type: ignore[no-untyped-def]
+    return _new_backward_q(q, c2p)
+
+
+def _new_backward_q(q: torch.Tensor, c2p: torch.Tensor | None) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in (q, c2p) if x is not None]
 
 
 @torch.library.custom_op("antlm_fast::attention_backward_kv", mutates_args=())
@@ -208,38 +231,52 @@ def backward_kv_op(
     cu_k: torch.Tensor,
     prefix_len: torch.Tensor,
     dropout_seed: torch.Tensor | None,
+    c2p: torch.Tensor | None,
+    p2c: torch.Tensor | None,
+    bucket_ends: Sequence[int],
     softmax_scale: float,
     dropout_p: float,
     max_q: int,
     max_k: int,
     slack: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of k and v."""
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+) -> list[torch.Tensor]:
+    """The gradients of k, v and, where it is there, p2c."""
+    gradients = _new_backward_kv(k, v, p2c)
+    relative = relative_terms(c2p, p2c, bucket_ends, min(max(max_q, max_k), max(q.shape[0], k.shape[0])))
     call = AttentionLaunches(
-        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, softmax_scale, dropout_p, max_q, max_k, slack
+        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, relative, softmax_scale, dropout_p, max_q, max_k, slack
     )
-    call.dkdv(d_out, log2_sums, delta, dk, dv).run(q.device)
-    return dk, dv
+    call.dkdv(d_out, log2_sums, delta, *gradients).run(q.device)
+    return gradients
 
 
 @backward_kv_op.register_fake
-def _(d_out, log2_sums, delta, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return k.new_empty(k.shape), v.new_empty(v.shape)
+def _(d_out, log2_sums, delta, q, k, v, cu_q, cu_k, prefix_len, dropout_seed, c2p, p2c, *rest):  # type: ignore[no-untyped-def]
+    return _new_backward_kv(k, v, p2c)
+
+
+def _new_backward_kv(k: torch.Tensor, v: torch.Tensor, p2c: torch.Tensor | None) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in (k, v, p2c) if x is not None]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, cu_q, cu_k, prefix_len, dropout_seed, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, prefix_len, dropout_seed, *output)
+    *tensors, ctx.bucket_ends, ctx.softmax_scale, ctx.dropout_p, ctx.max_q, ctx.max_k, ctx.slack = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
-    *call, out, log2_sums = ctx.saved_tensors
-    arguments = (d_out, log2_sums, delta_op(out, d_out), *call, *ctx.settings)
-    wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
-    dq = backward_q_op(*arguments) if wants_q else None
-    dk, dv = backward_kv_op(*arguments) if wants_k or wants_v else (None, None)
-    return dq, dk, dv, *[None] * 9
+    *tensors, out, log2_sums = ctx.saved_tensors
+    settings = (ctx.bucket_ends, ctx.softmax_scale, ctx.dropout_p, ctx.max_q, ctx.max_k, ctx.slack)
+    arguments = (d_out, log2_sums, delta_op(out, d_out), *tensors, *settings)
+    wants_q, wants_k, wants_v, *_, wants_c2p, wants_p2c = ctx.needs_input_grad[:9]
+    dq = dk = dv = dc2p = dp2c = None
+    if wants_q or wants_c2p:
+        dq, *rest = backward_q_op(*arguments)
+        dc2p = rest[0] if rest else None
+    if wants_k or wants_v or wants_p2c:
+        dk, dv, *rest = backward_kv_op(*arguments)
+        dp2c = rest[0] if rest else None
+    return dq, dk, dv, *[None] * 4, dc2p, dp2c, *[None] * 6
 
 
 forward_op.register_autograd(_backward, setup_context=_save)

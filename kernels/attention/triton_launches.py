@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from antlm_fast.kernels.attention.triton_backward import delta_kernel, dkdv_kernel, dq_kernel
+from antlm_fast.kernels.attention.triton_dkdv import dkdv_kernel
+from antlm_fast.kernels.attention.triton_dq import delta_kernel, dq_kernel
 from antlm_fast.kernels.attention.triton_forward import forward_kernel
+from antlm_fast.kernels.attention.triton_tables import RelativeTerms, padded_table_rows
 from antlm_fast.kernels.philox import drop_threshold
 from antlm_fast.kernels.triton_support.launch import (
     Launch,
@@ -28,7 +30,15 @@ TILES = Path(__file__).with_name("tiles.json")
 
 
 def offline_launches(
-    arch: str, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, *, dropout: bool, kind: str
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    dropout: bool,
+    kind: str,
+    bucket_size: int | None = None,
 ) -> list[Launch]:
     """The four kernels as a training step on that architecture launches them, on tensors without memory.
 
@@ -38,19 +48,27 @@ def offline_launches(
         head_dim, heads, kv_heads: the model's.
         dropout: whether attention probabilities are dropped.
         kind: what launch.kind_of would answer on the device: "half", "tf32" or "ieee".
+        bucket_size: of disentangled attention with both of its terms; None is plain attention.
     """
     with torch.device("meta"):
         q, kv = (torch.empty(4096, n, head_dim, dtype=dtype) for n in (heads, kv_heads))
         sums, starts = torch.empty(heads, 4096), torch.empty(9, dtype=torch.int32)
         seed = torch.empty((), dtype=torch.int64) if dropout else None
+        term = relative = None
+        if bucket_size is not None:
+            rows = padded_table_rows(bucket_size)
+            term = torch.empty(heads, 4096, rows, dtype=dtype)
+            tables = (torch.empty(n, dtype=torch.int32) for n in (2049, 2049, rows))
+            relative = RelativeTerms(term, term, *tables)
         call = AttentionLaunches(
-            q, kv, kv, starts, starts, starts[:8], seed, head_dim**-0.5, 0.1 * dropout, 512, 512, True, arch, kind
-        )
+            q, kv, kv, starts, starts, starts[:8], seed, relative, head_dim**-0.5, 0.1 * dropout, 512, 512, True,
+            arch, kind,
+        )  # fmt: skip
         return [
             call.forward(q, sums),
             delta_launch(q, q, sums, arch),
-            call.dq(q, sums, sums, q),
-            call.dkdv(q, sums, sums, kv, kv),
+            call.dq(q, sums, sums, q, term),
+            call.dkdv(q, sums, sums, kv, kv, term),
         ]
 
 
@@ -73,14 +91,15 @@ def delta_launch(out: torch.Tensor, d_out: torch.Tensor, delta: torch.Tensor, ar
 def tile_for(use: str, arch: str, head_dim: int) -> Tile:
     """The tile that the table gives a kernel: "delta", or "forward", "dq", "dkdv" with the kind of its numbers.
 
-    With " dropout" at the end it is the row for dropout; where the table has none for the head size, one stage less,
-    for the mask takes shared memory too.
+    With " relative", " dropout" or both at the end it is the row for relative terms, for dropout; an option that the
+    table has no row for at this head size leaves one stage less, for it takes shared memory too.
     """
     uses, size = read_tiles(TILES)[arch], str(padded_head_dim(head_dim))
-    if tile := uses.get(use, {}).get(size):
-        return tile
-    tile = uses[use.removesuffix(" dropout")][size]
-    return replace(tile, num_stages=max(tile.num_stages - 1, 1))
+    without = 0
+    while use.count(" ") > 1 and size not in uses.get(use, {}):
+        use, without = use.rpartition(" ")[0], without + 1
+    tile = uses[use][size]
+    return replace(tile, num_stages=max(tile.num_stages - without, 1))
 
 
 class AttentionLaunches:
@@ -95,6 +114,7 @@ class AttentionLaunches:
         cu_k: torch.Tensor,
         prefix_len: torch.Tensor,
         dropout_seed: torch.Tensor | None,
+        relative: RelativeTerms | None,
         softmax_scale: float,
         dropout_p: float,
         max_q: int,
@@ -110,9 +130,12 @@ class AttentionLaunches:
         self.max_q, self.max_k = max_q, max_k = min(max_q, self.total_q), min(max_k, self.total_k)
         self.sequences = cu_q.numel() - 1 + slack  # the slack's programs are those of one more sequence
         self.softmax_scale = softmax_scale
+        self.relative = relative
         self.arch, self.kind = arch or arch_of(q.device), kind or kind_of(q.dtype)
         # a loop's offsets within a sequence are 32 bits wide where that is enough, a tile past its end included
-        furthest = (max(max_q, max_k) + 256) * max(q.stride(0), k.stride(0), v.stride(0), self.heads * self.head_dim)
+        strides = [q.stride(0), k.stride(0), v.stride(0), self.heads * self.head_dim]
+        strides += [relative.table_rows] if relative else []
+        furthest = (max(max_q, max_k) + 256) * max(strides)
         self.arguments: dict[str, Any] = {
             "q_ptr": q,
             "k_ptr": k,
@@ -121,6 +144,9 @@ class AttentionLaunches:
             "cu_seqlens_k_ptr": cu_k,
             "prefix_len_ptr": prefix_len,
             "dropout_seed_ptr": dropout_seed,
+            "c2p_ptr": relative and relative.c2p,
+            "p2c_ptr": relative and relative.p2c,
+            "buckets_ptr": relative and relative.mirrored,
             "stride_qt": q.stride(0),
             "stride_qh": q.stride(1),
             "stride_kt": k.stride(0),
@@ -135,8 +161,11 @@ class AttentionLaunches:
             "heads": self.heads,
             "group": self.heads // self.kv_heads,
             "total_q": self.total_q,
+            "total_k": relative and self.total_k,
+            "reach": relative and relative.reach,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": padded_head_dim(self.head_dim),
+            "TABLE_ROWS": relative.table_rows if relative else 0,
             "DROPOUT": dropout_seed is not None,
             "PRECISION": "tf32" if self.kind == "tf32" else "ieee",  # 16-bit products know no difference
             "WIDE": furthest >= 2**31,
@@ -146,17 +175,37 @@ class AttentionLaunches:
         arguments = {**self.arguments, "out_ptr": out, "log2_sums_ptr": log2_sums, "max_seqlen_q": self.max_q}
         return Launch(forward_kernel, self._row_tiles, arguments, self._tile("forward"))
 
-    def dq(self, d_out: torch.Tensor, log2_sums: torch.Tensor, delta: torch.Tensor, dq: torch.Tensor) -> Launch:
-        arguments = {**self._backward(d_out, log2_sums, delta), "dq_ptr": dq, "max_seqlen_q": self.max_q}
+    def dq(
+        self,
+        d_out: torch.Tensor,
+        log2_sums: torch.Tensor,
+        delta: torch.Tensor,
+        dq: torch.Tensor,
+        dc2p: torch.Tensor | None = None,
+    ) -> Launch:
+        arguments = {
+            **self._backward(d_out, log2_sums, delta),
+            "dq_ptr": dq,
+            "dc2p_ptr": dc2p,
+            "max_seqlen_q": self.max_q,
+        }
         return Launch(dq_kernel, self._row_tiles, arguments, self._tile("dq"))
 
     def dkdv(
-        self, d_out: torch.Tensor, log2_sums: torch.Tensor, delta: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
+        self,
+        d_out: torch.Tensor,
+        log2_sums: torch.Tensor,
+        delta: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        dp2c: torch.Tensor | None = None,
     ) -> Launch:
         arguments = {
             **self._backward(d_out, log2_sums, delta),
             "dk_ptr": dk,
             "dv_ptr": dv,
+            "dp2c_ptr": dp2c,
+            "buckets_ptr": self.relative and self.relative.buckets,
             "total_k": self.total_k,
             "max_seqlen_k": self.max_k,
         }
@@ -164,6 +213,7 @@ class AttentionLaunches:
 
     def _backward(self, d_out: torch.Tensor, log2_sums: torch.Tensor, delta: torch.Tensor) -> dict[str, Any]:
         tensors = {"d_out_ptr": d_out.contiguous(), "log2_sums_ptr": log2_sums, "delta_ptr": delta}
+        tensors["run_starts_ptr"] = self.relative and self.relative.run_starts
         return {**self.arguments, **tensors, "softmax_scale": self.softmax_scale}
 
     def _row_tiles(self, tile: Tile) -> int:
@@ -173,5 +223,5 @@ class AttentionLaunches:
         return max(-(-self.max_k // tile.block_n), 1) * self.kv_heads * self.sequences
 
     def _tile(self, kernel: str) -> Tile:
-        dropout = " dropout" if self.arguments["DROPOUT"] else ""
-        return tile_for(f"{kernel} {self.kind}{dropout}", self.arch, self.head_dim)
+        options = f"{' relative' if self.relative else ''}{' dropout' if self.arguments['DROPOUT'] else ''}"
+        return tile_for(f"{kernel} {self.kind}{options}", self.arch, self.head_dim)

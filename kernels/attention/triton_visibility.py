@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+ROUNDS = tl.constexpr(7)  # of Philox: those of kernels/philox.py
+
 
 @triton.jit
 def sequence_rows(cu_seqlens_ptr, seq, num_seqs):
@@ -59,9 +61,9 @@ def kept_keys(seed, packed_rows, first_col, head, drop_below, BLOCK_N: tl.conste
     """
     groups = first_col // 4 + tl.arange(0, BLOCK_N // 4)
     if KEYS_FIRST:
-        w0, w1, w2, w3 = tl.philox(seed, groups[:, None], packed_rows[None, :], head, 0)
+        w0, w1, w2, w3 = tl.philox(seed, groups[:, None], packed_rows[None, :], head, 0, ROUNDS)
     else:
-        w0, w1, w2, w3 = tl.philox(seed, groups[None, :], packed_rows[:, None], head, 0)
+        w0, w1, w2, w3 = tl.philox(seed, groups[None, :], packed_rows[:, None], head, 0, ROUNDS)
     k0, k1 = _is_kept(w0, drop_below), _is_kept(w1, drop_below)
     k2, k3 = _is_kept(w2, drop_below), _is_kept(w3, drop_below)
     four = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (.., .., 2, 2), its last two axes in the order of the words

@@ -129,6 +129,46 @@ def test_access_is_random_and_pure(store: TokenStore, mode: str) -> None:
     assert not np.array_equal(everything(Rows(store, mode=mode, row_tokens=10, seed=8), 3).ids, whole.ids)
 
 
+def test_short_share_cuts_rows_in_two_and_loses_nothing(store: TokenStore) -> None:
+    whole = Rows(store, mode="stream", row_tokens=10, seed=7)
+    cut = Rows(store, mode="stream", row_tokens=10, seed=7, short_share=0.4)
+    counts, places, patterns = 0, [0] * 10, set()
+    for epoch in range(400):
+        plain, found = everything(whole, epoch), everything(cut, epoch)
+        assert np.array_equal(plain.ids, found.ids)
+        assert set(plain.cu_seqlens) <= set(found.cu_seqlens)
+        inside = found.cu_seqlens[found.cu_seqlens % 10 != 0]
+        assert len(set(inside // 10)) == len(inside)  # at most one cut a row
+        counts += len(inside)
+        for place in inside % 10:
+            places[place] += 1
+        patterns.add(tuple(found.cu_seqlens.tolist()))
+    total = 400 * 11
+    assert abs(counts - 0.4 * total) < 5 * (total * 0.4 * 0.6) ** 0.5
+    assert places[0] == 0
+    expected = counts / 9
+    chi_squared = sum((count - expected) ** 2 / expected for count in places[1:])
+    assert chi_squared < 8 + 5 * 16**0.5  # 8 degrees of freedom, variance 16
+    assert len(patterns) > 300
+
+
+def test_what_is_cut_follows_from_seed_epoch_and_row_alone(store: TokenStore) -> None:
+    cut = Rows(store, mode="stream", row_tokens=10, seed=7, short_share=0.5)
+    whole = sequences(everything(cut, 3))
+    parts = [part for row in range(11) for part in sequences(cut.read(3, row, row + 1))]
+    assert parts == whole
+    assert sequences(everything(pickle.loads(pickle.dumps(cut)), 3)) == whole
+    other = Rows(store, mode="stream", row_tokens=10, seed=8, short_share=0.5)
+    assert [len(part) for part in sequences(everything(other, 3))] != [len(part) for part in whole]
+    everyone = Rows(store, mode="stream", row_tokens=2, seed=0, short_share=1.0)
+    assert {len(part) for part in sequences(everything(everyone, 0))} == {1}
+    longer = cut.with_row_tokens(20)
+    assert (longer.row_tokens, longer.short_share, longer.seed) == (20, 0.5, 7)
+    assert np.array_equal(
+        everything(longer, 1).ids, everything(Rows(store, mode="stream", row_tokens=20, seed=7), 1).ids
+    )
+
+
 @pytest.mark.parametrize("mode", ["stream", "packed"])
 def test_no_rows(store: TokenStore, mode: str) -> None:
     found = Rows(store, mode=mode, row_tokens=10, seed=7).read(0, 4, 4)
@@ -192,6 +232,8 @@ def test_order_of_an_epoch_is_never_stored() -> None:
         ({"mode": "padded"}, "row_mode must be one of stream, packed; got 'padded'"),
         ({"row_tokens": 0}, "row_tokens must be at least 1; got 0"),
         ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"short_share": 1.5}, "short_share must lie in 0 .. 1, .*; got 1.5"),
+        ({"short_share": 0.1, "mode": "packed"}, "short_share must .* be 0 where row_mode is 'packed'; got 0.1"),
         ({"row_tokens": 115}, r"row_tokens must be at most the 114 tokens of the corpus \(counting\); got 115"),
     ],
 )

@@ -19,6 +19,7 @@ from antlm_fast.evaluation.minimal_pairs import (
     load_pairs,
 )
 from antlm_fast.evaluation.sentence_scores import READ_OUTS, score_sentences
+from antlm_fast.models import GptBert, GptBertConfig, LanguageModel, LtgBert, LtgBertConfig
 from antlm_fast.models.baby_llama import BabyLlama, BabyLlamaConfig
 from antlm_fast.types import InputError, Vocabulary
 
@@ -67,7 +68,7 @@ SENTENCES = [
 ]
 
 
-def naive_score(model: BabyLlama, ids: list[int], read_out: str) -> tuple[float, int]:
+def naive_score(model: LanguageModel, ids: list[int], read_out: str) -> tuple[float, int]:
     """One forward per token, the full softmax, no batching."""
     total, count = 0.0, 0
     for k, token in enumerate(ids):
@@ -97,6 +98,25 @@ def test_scores_equal_a_loop_over_single_tokens(
     np.testing.assert_allclose(scores.sums, [total for total, _ in expected], atol=1e-5, rtol=1e-5)
     np.testing.assert_array_equal(scores.num_tokens, [count for _, count in expected])
     np.testing.assert_allclose(scores.means, [total / count for total, count in expected], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(LtgBert, LtgBertConfig), (GptBert, GptBertConfig)], ids=["ltg_bert", "gpt_bert"]
+)
+@pytest.mark.parametrize("read_out", list(READ_OUTS))
+def test_scores_of_a_model_with_a_head_of_its_own(model_class: Any, config_class: Any, read_out: str) -> None:
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = model_class(config_class(vocab_size=3 + len(WORDS), max_position_embeddings=12, **sizes))
+    with torch.no_grad():
+        made.head.bias.copy_(torch.linspace(-2, 2, 3 + len(WORDS)))
+    made.train()
+    scores = score_sentences(made, WordTokenizer(), SENTENCES, read_out, batch_tokens=20, progress=False)
+    assert made.training is True
+    made.eval()
+    with torch.no_grad():
+        expected = [naive_score(made, ids, read_out) for ids in WordTokenizer().encode_batch(SENTENCES)]
+    np.testing.assert_allclose(scores.sums, [total for total, _ in expected], atol=1e-5, rtol=1e-5)
 
 
 def test_a_causal_score_is_the_chain_rule_of_the_text_given_the_template(model: BabyLlama) -> None:

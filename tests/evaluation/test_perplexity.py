@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from antlm_fast.evaluation.perplexity import bits_per_byte, mean_losses, perplexity
+from antlm_fast.models import GptBert, GptBertConfig, LanguageModel, LtgBert, LtgBertConfig
 from antlm_fast.models.baby_llama import BabyLlama, BabyLlamaConfig
 from antlm_fast.types import InputError, Objective, PackedBatch
 
@@ -51,7 +53,7 @@ def batches() -> list[PackedBatch]:
     ]
 
 
-def naive_losses(model: BabyLlama) -> dict[Objective, float]:
+def naive_losses(model: LanguageModel) -> dict[Objective, float]:
     values: dict[Objective, list[float]] = {Objective.CLM: [], Objective.MLM: []}
     for packed in batches():
         logits = model(
@@ -73,6 +75,23 @@ def test_every_labelled_token_counts_the_same(model: BabyLlama) -> None:
     assert list(got) == [Objective.CLM, Objective.MLM]
     assert got[Objective.CLM] == pytest.approx(expected[Objective.CLM], abs=1e-5)
     assert got[Objective.MLM] == pytest.approx(expected[Objective.MLM], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(LtgBert, LtgBertConfig), (GptBert, GptBertConfig)], ids=["ltg_bert", "gpt_bert"]
+)
+def test_a_head_of_its_own_is_read_in_full_and_without_dropout(model_class: Any, config_class: Any) -> None:
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = model_class(config_class(vocab_size=VOCAB, **sizes))
+    with torch.no_grad():
+        made.head.bias.copy_(torch.linspace(-2, 2, VOCAB))
+    made.train()
+    got = mean_losses(made, batches())
+    made.eval()
+    with torch.no_grad():
+        expected = naive_losses(made)
+    assert got == {objective: pytest.approx(loss, abs=1e-5) for objective, loss in expected.items()}
 
 
 def test_bfloat16_is_close_and_the_training_mode_comes_back(model: BabyLlama) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from antlm_fast.kernels.attention import torch_impl
+from antlm_fast.kernels.disentangled_attention import torch_impl as relative_torch_impl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # an implementation's ways that small CPU tensors do not take, forced; "triton small" has small tiles, so that short
 # sequences cross many of their edges
 PLAIN = ("reference", "torch", "torch, all fused", "torch, device plan")
+RELATIVE = ("reference", "torch", "torch, all recomputed", "torch, device plan")
 TRITON = ("triton", "triton small")
 SMALL_TILES = {"delta": (128, 16), "forward": (32, 32), "dq": (32, 32), "dkdv": (32, 32)}
 
@@ -52,3 +54,19 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: dict[str, tuple[int, int]]
     from antlm_fast.kernels.triton_support.launch import Tile
 
     monkeypatch.setattr(triton_launches, "tile_for", lambda use, arch, head_dim: Tile(*tiles[use.split()[0]], 4, 1))
+
+
+@pytest.fixture(
+    params=TRITON if INTERPRETED else [*RELATIVE, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
+)
+def relative_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An implementation of disentangled attention, each of its ways."""
+    way: str = request.param
+    if way == "torch, all recomputed":
+        monkeypatch.setattr(relative_torch_impl, "_MATERIALISED_KIB", 0)
+    if way == "torch, device plan":
+        monkeypatch.setattr(relative_torch_impl, "_host_may_read", lambda x: False)
+    if way == "triton small":
+        set_tiles(monkeypatch, SMALL_TILES)
+    with torch.device("cuda" if way in TRITON and not INTERPRETED else "cpu"):
+        yield way.split(",")[0].split()[0]

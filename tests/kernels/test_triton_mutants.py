@@ -130,7 +130,8 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 BATTERY = (numbers, dropped_numbers, grouped_numbers, leakage, ignored_options)
-VISIBILITY, FORWARD, BACKWARD = "triton_visibility", "triton_forward", "triton_backward"
+VISIBILITY, FORWARD, DQ, DKDV = "triton_visibility", "triton_forward", "triton_dq", "triton_dkdv"
+MODULE_OF = {"forward": FORWARD, "delta": DQ, "dq": DQ, "dkdv": DKDV}
 EVERYTHING = {"out", "lse", "d_q", "d_k", "d_v"}
 GRADIENTS = {"d_q", "d_k", "d_v"}
 READ_PREFIX = "prefix_len = tl.load(prefix_len_ptr + seq * stride_prefix, mask=seq < num_seqs, other=0)"
@@ -162,8 +163,8 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
         "forward",
         (FORWARD, READ_PREFIX, f"{READ_PREFIX} * 0"),
     ),
-    "dQ ignores the prefix": (numbers, {"d_q"}, "dq", (BACKWARD, READ_PREFIX, f"{READ_PREFIX} * 0")),
-    "dK/dV ignores the prefix": (numbers, {"d_k", "d_v"}, "dkdv", (BACKWARD, READ_PREFIX, f"{READ_PREFIX} * 0")),
+    "dQ ignores the prefix": (numbers, {"d_q"}, "dq", (DQ, READ_PREFIX, f"{READ_PREFIX} * 0")),
+    "dK/dV ignores the prefix": (numbers, {"d_k", "d_v"}, "dkdv", (DKDV, READ_PREFIX, f"{READ_PREFIX} * 0")),
     "the forward's masked loop does not compare": (
         numbers,
         EVERYTHING,
@@ -174,13 +175,13 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
         numbers,
         {"d_q"},
         "dq",
-        (BACKWARD, "cols[None, :] < limits[:, None]", "cols[None, :] >= 0"),
+        (DQ, "cols[None, :] < limits[:, None]", "cols[None, :] >= 0"),
     ),
     "dK/dV's masked loop does not compare": (
         numbers,
         {"d_k", "d_v"},
         "dkdv",
-        (BACKWARD, "first_rows[:, None] <= rows[None, :]", "rows[None, :] >= 0"),
+        (DKDV, "first_rows[:, None] <= rows[None, :]", "rows[None, :] >= 0"),
     ),
     "the unmasked loop goes on to the last row's limit": (
         leakage,
@@ -252,21 +253,21 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
         numbers,
         {"d_k", "d_v"},
         "dkdv",
-        (BACKWARD, "has_tail = (len_q % BLOCK_M != 0)", "has_tail = (len_q < 0)"),
+        (DKDV, "has_tail = (len_q % BLOCK_M != 0)", "has_tail = (len_q < 0)"),
     ),
     "the whole row tiles are lost": (
         numbers,
         {"d_k", "d_v"},
         "dkdv",
-        (BACKWARD, "num_whole = tl.maximum(whole_tiles - all_see, 0)", "num_whole = 0"),
+        (DKDV, "num_whole = tl.maximum(whole_tiles - all_see, 0)", "num_whole = 0"),
     ),
-    "dK is not scaled": (numbers, {"d_k"}, "dkdv", (BACKWARD, "dk * softmax_scale", "dk")),
-    "dQ is not scaled": (numbers, {"d_q"}, "dq", (BACKWARD, "dq * softmax_scale", "dq")),
+    "dK is not scaled": (numbers, {"d_k"}, "dkdv", (DKDV, "dk * softmax_scale", "dk")),
+    "dQ is not scaled": (numbers, {"d_q"}, "dq", (DQ, "dq * softmax_scale", "dq")),
     "only the first head of a group counts": (
         grouped_numbers,
         {"d_k", "d_v"},
         "dkdv",
-        (BACKWARD, "tl.range(0, group)", "tl.range(0, 1)"),
+        (DKDV, "tl.range(0, group)", "tl.range(0, 1)"),
     ),
     "a query head takes another group's keys": (
         grouped_numbers,
@@ -274,13 +275,13 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
         "forward",
         (FORWARD, "(head // group)", "(head % (heads // group))"),
     ),
-    "dQ ignores delta": (numbers, {"d_q"}, "dq", (BACKWARD, "(dp - delta[:, None])", "dp")),
-    "dK/dV ignores delta": (numbers, {"d_k"}, "dkdv", (BACKWARD, "(dp - delta[None, :])", "dp")),
+    "dQ ignores delta": (numbers, {"d_q"}, "dq", (DQ, "(dp - delta[:, None])", "dp")),
+    "dK/dV ignores delta": (numbers, {"d_k"}, "dkdv", (DKDV, "(dp - delta[None, :])", "dp")),
     "delta is of the wrong head": (
         grouped_numbers,
         {"d_q", "d_k"},
         "delta",
-        (BACKWARD, "delta_ptr + head.to(tl.int64) * total_q", "delta_ptr + (heads - 1 - head).to(tl.int64) * total_q"),
+        (DQ, "delta_ptr + head.to(tl.int64) * total_q", "delta_ptr + (heads - 1 - head).to(tl.int64) * total_q"),
     ),
     "the forward ignores the seed": (
         ignored_options,
@@ -328,10 +329,10 @@ MUTANTS: dict[str, tuple[Any, ...]] = {
         dropped_numbers,
         {"d_v"},
         "dkdv",
-        (BACKWARD, "(p * weight)", "tl.where(kept, p, 0.0)"),
+        (DKDV, "(p * weight)", "tl.where(kept, p, 0.0)"),
     ),
-    "dV forgets dropout": (dropped_numbers, {"d_v"}, "dkdv", (BACKWARD, "(p * weight)", "p")),
-    "dK forgets dropout": (dropped_numbers, {"d_k"}, "dkdv", (BACKWARD, "dp *= weight", "dp *= inverse_keep")),
+    "dV forgets dropout": (dropped_numbers, {"d_v"}, "dkdv", (DKDV, "(p * weight)", "p")),
+    "dK forgets dropout": (dropped_numbers, {"d_k"}, "dkdv", (DKDV, "dp *= weight", "dp *= inverse_keep")),
     "dropout changes the softmax's denominator": (
         dropped_numbers,
         EVERYTHING,
@@ -351,7 +352,7 @@ def test_a_planted_fault_is_caught(fault: str, variant: Variant, monkeypatch: py
     check, found, kernels, *changes = MUTANTS[fault]
     built = variant(*changes)
     for kernel in kernels.split():
-        module = built[FORWARD if kernel == "forward" else BACKWARD]
+        module = built[MODULE_OF[kernel]]
         monkeypatch.setattr(triton_launches, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
     assert check() == found
 
@@ -361,6 +362,6 @@ def test_kernels_without_a_fault_pass_every_check(variant: Variant, monkeypatch:
     assert {check.__name__: check() for check in BATTERY} == {check.__name__: set() for check in BATTERY}
     built = variant()
     for kernel in ("forward", "delta", "dq", "dkdv"):
-        module = built[FORWARD if kernel == "forward" else BACKWARD]
+        module = built[MODULE_OF[kernel]]
         monkeypatch.setattr(triton_launches, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
     assert numbers() == set()

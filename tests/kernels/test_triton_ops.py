@@ -60,22 +60,31 @@ def _assert_equal(actual: Tensors, wanted: Tensors) -> None:
         assert torch.equal(a, b), f"{name} differs by up to {(a - b).abs().max():.1e}"
 
 
-def _op_arguments(dropout_p: float, views: bool = False) -> tuple[Any, ...]:
-    """The forward op's. As views: q, k and v slices of one tensor, one flag for all sequences, strides of its own."""
-    q, k, v = (x.detach() for x in _inputs(heads=2, kv_heads=2 if views else 1))
+def _op_arguments(dropout_p: float, case: str) -> tuple[Any, ...]:
+    """The forward op's.
+
+    "views": q, k and v are slices of one tensor, one flag for all sequences, strides of its own. "relative": with both
+    relative terms, in 4 buckets.
+    """
+    q, k, v = (x.detach() for x in _inputs(heads=2, kv_heads=1 if case == "grouped" else 2))
     prefix = torch.tensor([3, 2**31 - 1], dtype=torch.int32)
-    if views:
+    if case == "views":
         q, k, v = torch.stack((q, k, v), 1).unbind(1)
         prefix = prefix[:1].expand(2)
+    terms = (torch.randn(2, TOTAL, 16), torch.randn(2, TOTAL, 16)) if case == "relative" else (None, None)
+    ends = [0, 1, 2, 5] if case == "relative" else []
     seed = torch.tensor(11) if dropout_p else None
-    return q, k, v, _starts(), _starts(), prefix, seed, 0.25, dropout_p, 9, 9, True
+    return q, k, v, _starts(), _starts(), prefix, seed, *terms, ends, 0.25, dropout_p, 9, 9, True
 
 
 OPS = ("forward_op", "delta_op", "backward_q_op", "backward_kv_op")
 
 
-def _arguments_of(op: str, dropout_p: float, views: bool) -> tuple[Any, ...]:
-    arguments = _op_arguments(dropout_p, views)
+CASES = ("grouped", "views", "relative")
+
+
+def _arguments_of(op: str, dropout_p: float, case: str) -> tuple[Any, ...]:
+    arguments = _op_arguments(dropout_p, case)
     if op == "forward_op":
         return arguments
     out, log2_sums = triton_impl.forward_op(*arguments)
@@ -89,12 +98,12 @@ def _wanting_gradients(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("views", [False, True], ids=["contiguous", "views"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str, dropout_p: float, views: bool) -> None:
+def test_opcheck(op: str, dropout_p: float, case: str) -> None:
     """Schema, autograd registration, fake tensors and tracing; the gradient ops have no gradients of their own."""
-    arguments, tested = _arguments_of(op, dropout_p, views), getattr(triton_impl, op)
+    arguments, tested = _arguments_of(op, dropout_p, case), getattr(triton_impl, op)
     if op == "forward_op":
         arguments = _wanting_gradients(arguments)
     else:  # tracing would differentiate them
@@ -209,14 +218,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("views", [False, True], ids=["contiguous", "views"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("op", OPS)
 def test_fake_results_have_the_face_of_real_ones(
-    fake_cuda: FakeTensorMode, op: str, views: bool, dtype: torch.dtype
+    fake_cuda: FakeTensorMode, op: str, case: str, dtype: torch.dtype
 ) -> None:
     arguments = [
         x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 3 else x
-        for x in _arguments_of(op, 0.3, views)
+        for x in _arguments_of(op, 0.3, case)
     ]
     real = getattr(triton_impl, op)(*arguments)
     with fake_cuda:
@@ -225,7 +234,7 @@ def test_fake_results_have_the_face_of_real_ones(
             for x in arguments
         ]
         fake = getattr(triton_impl, op)(*on_cuda)
-    real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, fake))
+    real, fake = ((x,) if torch.is_tensor(x) else x for x in (real, fake))
     assert _faces(*fake) == _faces(*real, device="cuda")
 
 

@@ -97,7 +97,7 @@ def test_the_host_chooses_64_bits_where_32_are_too_few() -> None:
         for longest, wide in ((174_000, False), (175_000, True)):
             q = torch.empty(longest, 3, 32, 128).unbind(1)[0]
             call = triton_launches.AttentionLaunches(
-                q, q, q, starts, starts, starts[:1], None, 1.0, 0.0, longest, longest, False, "sm_90", "half"
+                q, q, q, starts, starts, starts[:1], None, None, 1.0, 0.0, longest, longest, False, "sm_90", "half"
             )
             assert call.arguments["WIDE"] == wide
 

@@ -40,8 +40,13 @@ class FixedLogits(nn.Module):
         self.config = SimpleNamespace(vocab_size=len(weights), max_position_embeddings=4000)
         self.head_weight = torch.tensor(weights).log()[:, None]
 
-    def hidden_states(self, input_ids: Tensor, *, causal: bool) -> Tensor:
-        return torch.ones(*input_ids.shape, 1)
+        self.head_bias = None
+
+    def hidden_states(self, input_ids: Tensor, *, causal: bool, rows: Tensor) -> Tensor:
+        return torch.ones(*rows.shape, 1)
+
+    def head_features(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 def test_greedy_takes_the_most_probable_token_of_a_full_forward(model: BabyLlama) -> None:
@@ -52,6 +57,20 @@ def test_greedy_takes_the_most_probable_token_of_a_full_forward(model: BabyLlama
     assert generate(model, [3, 1], 6, temperature=0.0) == expected
     assert generate(model, torch.tensor([3, 1]), 6, temperature=0.0, seed=5) == expected
     assert generate(model, [3, 1], 6, top_k=1) == expected
+
+
+def test_a_head_of_its_own_is_read_in_full(architecture: str, tiny: Any) -> None:
+    made = tiny(architecture, torch.float32)
+    expected, ids = [3, 1], [0, 4, 30, 5, 30, 1]
+    with torch.no_grad():
+        made.head.bias.copy_(torch.linspace(-1, 1, 31)[torch.randperm(31)])
+        for _ in range(6):
+            expected.append(int(made(torch.tensor([expected]), causal=True)[0, -1].argmax()))
+        logits = made(torch.tensor([ids]), causal=False)[0]
+    assert generate(made, [3, 1], 6, temperature=0.0) == expected
+    for position, candidates in fill(made, ids, 30, top_k=30, shift=1).items():
+        shares = torch.softmax(logits[position - 1][:30], dim=-1)
+        assert dict(candidates) == pytest.approx(dict(enumerate(shares.tolist())), abs=1e-5)
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(model: BabyLlama) -> None:

@@ -12,11 +12,11 @@ from antlm_fast.training.optimizer import OptimizerConfig, build_optimizer
 from antlm_fast.types import InputError
 
 
-def made(seed=0, **changes):
+def made(seed=0, kind="adamw", **changes):
     torch.manual_seed(seed)
     sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
     model = BabyLlama(BabyLlamaConfig(**(sizes | {"num_attention_heads": 2} | changes)))
-    return model, build_optimizer(model, OptimizerConfig(lr=1e-2))
+    return model, build_optimizer(model, OptimizerConfig(lr=1e-2, kind=kind))
 
 
 def stepped(model, optimizer, steps=2):
@@ -41,11 +41,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_read_back_goes_on_exactly(tmp_path, tied):
-    first = stepped(*made(tie_word_embeddings=tied))
+def test_what_is_read_back_goes_on_exactly(tmp_path, tied, kind):
+    first = stepped(*made(tie_word_embeddings=tied, kind=kind))
     path = save_checkpoint(tmp_path, state(5), *first, keep=1)
-    second = made(seed=9, tie_word_embeddings=tied)
+    second = made(seed=9, tie_word_embeddings=tied, kind=kind)
     assert load_checkpoint(path, *second) == state(5)
     for model, optimizer in (first, second):
         stepped(model, optimizer, 3)
@@ -62,6 +63,30 @@ def test_only_the_newest_are_kept(folder):
 def test_nothing_in_a_checkpoint_is_pickled(folder):
     names = {path.name for path in folder.glob("step_*/*")}
     assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_the_average_has_a_file_of_its_own(tmp_path):
+    model, optimizer = stepped(*made())
+    average = {name: parameter.detach() / 3 for name, parameter in model.named_parameters()}
+    path = save_checkpoint(tmp_path, state(5), model, optimizer, keep=1, average=average)
+    found = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
+    load_checkpoint(path, *made(seed=9), average=found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in average.items())
+    load_checkpoint(path, *made(seed=9))  # and may be left where it is
+    content = bytearray((path / "average.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "average.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="average.safetensors is damaged"):
+        load_checkpoint(path, *made(seed=9), average=found)
+
+
+def test_an_average_that_was_never_kept_is_missed(folder):
+    model, optimizer = made(seed=3)
+    before = model.head_weight.clone()
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match="must hold average.safetensors where optimizer.ema_decay is set; got none"):
+        load_checkpoint(folder / "step_00000015", model, optimizer, average=average)
+    assert torch.equal(model.head_weight, before)
 
 
 def test_a_writer_that_was_killed_leaves_nothing_that_counts(folder):

@@ -13,8 +13,8 @@ from antlm_fast.data.corpus import DataConfig
 from antlm_fast.data.tokenizer import TokenizerConfig
 from antlm_fast.models import BabyLlamaConfig
 from antlm_fast.pipeline import train
+from antlm_fast.training.batch_plan import BatchConfig
 from antlm_fast.training.config import (
-    BatchConfig,
     CheckpointConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -22,7 +22,7 @@ from antlm_fast.training.config import (
 )
 from antlm_fast.training.lr_schedule import LrScheduleConfig
 
-KILLS = 20
+KILLS = 8
 # a server that has imported everything forks each run: a start costs milliseconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["antlm_fast.pipeline", "matplotlib.pyplot"])
@@ -51,6 +51,11 @@ def end_state(folder):
     """Digests of everything a run must repeat exactly: weights, moments, metrics, the finished model."""
     paths = [folder / "metrics.jsonl", *sorted(folder.glob("checkpoints/step_*/*")), *sorted(folder.glob("model/*"))]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def num_metrics(folder):
+    metrics = folder / "metrics.jsonl"
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else -1
 
 
 def start(config, folder):
@@ -84,18 +89,22 @@ def test_the_end_state_holds_what_it_should(uninterrupted):
 
 
 def test_killed_at_random_moments(uninterrupted):
-    config, root, expected, seconds = uninterrupted
+    config, root, expected, _ = uninterrupted
     moments = random.Random(5)
     stopped_at = []
+    num_lines = num_metrics(root / "whole")
     for number in range(KILLS):
         folder = root / f"killed_{number}"
         process = start(config, folder)
-        process.join(moments.uniform(0.05, 0.95) * seconds)
+        # by what the run has written, so that a busy machine changes nothing; -1 is before it has begun
+        wanted = moments.randrange(-1, num_lines)
+        while process.is_alive() and num_metrics(folder) < wanted:
+            time.sleep(0.002)
+        process.join(moments.uniform(0.0, 0.05))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
-            metrics = folder / "metrics.jsonl"
-            stopped_at.append(len(metrics.read_bytes().splitlines()) if metrics.exists() else -1)
+            stopped_at.append(num_metrics(folder))
         resumed = start(config, folder)
         resumed.join()
         assert resumed.exitcode == 0

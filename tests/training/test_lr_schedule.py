@@ -6,6 +6,7 @@ import pytest
 
 from antlm_fast.schedule import Schedule
 from antlm_fast.training.lr_schedule import LrScheduleConfig, lr_at
+from antlm_fast.types import InputError
 
 TIMELINE = Schedule.parse("10s_CLM+20s_MLM").timeline(1)
 
@@ -43,3 +44,25 @@ def test_final_share_is_where_the_cosine_ends():
 def test_a_run_shorter_than_its_warm_up_is_all_warm_up():
     short = Schedule.parse("3s_CLM").timeline(1)
     assert [lr_at(step, 1.0, LrScheduleConfig(warmup_steps=10), short) for step in range(3)] == [0.1, 0.2, 0.3]
+
+
+def test_a_share_of_the_run_is_so_many_steps():
+    assert LrScheduleConfig(warmup_steps=0, warmup_share=0.016).warmup_of(15_625) == 250  # LTG-BERT's
+    shared = LrScheduleConfig(warmup_steps=0, warmup_share=0.2)
+    assert rates(shared) == rates(LrScheduleConfig(warmup_steps=6))
+    by_phase = LrScheduleConfig(warmup_steps=0, warmup_share=0.2, span="phase")
+    assert rates(by_phase)[:2] == [0.5, 1.0]
+    assert rates(by_phase)[10:14] == [0.25, 0.5, 0.75, 1.0]
+    assert rates(LrScheduleConfig(warmup_steps=0, warmup_share=0.0))[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_share": 0.1}, "lr_schedule.warmup_steps must be 0 where lr_schedule.warmup_share is given; got 200"),
+        ({"warmup_steps": 0, "warmup_share": 1.5}, "lr_schedule.warmup_share must be between 0 and 1, or none"),
+    ],
+)
+def test_two_warm_ups_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        LrScheduleConfig(**values)

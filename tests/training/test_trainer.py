@@ -15,8 +15,8 @@ from antlm_fast.data.token_store import TokenStore
 from antlm_fast.models import BabyLlama, BabyLlamaConfig
 from antlm_fast.objectives import MaskingConfig
 from antlm_fast.training import trainer as trainer_module
+from antlm_fast.training.batch_plan import BatchConfig
 from antlm_fast.training.config import (
-    BatchConfig,
     CheckpointConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -72,8 +72,9 @@ def make(store, folder, **changes):
     torch.manual_seed(config.seed)
     model = BabyLlama(config.model)
     folder.mkdir(exist_ok=True)
-    rows = [Rows(store, mode="stream", row_tokens=12, seed=config.seed, shuffle=shuffle) for shuffle in (True, False)]
-    return Trainer(config, model, VOCABULARY, *rows, folder)
+    train_rows = Rows(store, mode="stream", row_tokens=12, seed=config.seed, short_share=config.data.short_share)
+    validation_rows = Rows(store, mode="stream", row_tokens=12, seed=config.seed, shuffle=False)
+    return Trainer(config, model, VOCABULARY, train_rows, validation_rows, folder)
 
 
 def train(store, folder, *, resume=False, **changes):
@@ -129,7 +130,13 @@ def test_the_same_config_gives_the_same_bits(store, plain, tmp_path):
         {"optimizer": OptimizerConfig(lr=1e-2, weight_decay=0.5)},
         {"optimizer": OptimizerConfig(lr=1e-2, clip_norm=0.01)},
         {"optimizer": OptimizerConfig(lr=1e-2, reset_on_switch=True)},
+        {"optimizer": OptimizerConfig(lr=1e-2, kind="lamb")},
+        {"optimizer": OptimizerConfig(lr=1e-2, decay_embeddings=False)},
+        {"batch": BatchConfig(rows_per_step=8, length_ramp=("16@0.5",))},
+        {"batch": BatchConfig(rows_per_step=8, ramp_from=0.5)},
+        {"data": DataConfig(row_tokens=12, short_share=0.5)},
         {"lr_schedule": LrScheduleConfig(warmup_steps=5)},
+        {"lr_schedule": LrScheduleConfig(warmup_steps=0, warmup_share=0.5)},
         {"lr_schedule": LrScheduleConfig(warmup_steps=2, span="phase")},
         {"lr_schedule": LrScheduleConfig(warmup_steps=2, final_share=0.5)},
     ],
@@ -147,6 +154,7 @@ def test_every_setting_reaches_the_weights(store, plain, tmp_path, changes):
         {"evaluation": EvaluationConfig(every_steps=1, validation_rows=2)},
         {"checkpoint": CheckpointConfig(every_steps=1, keep=1)},
         {"logging": LoggingConfig(every_steps=1)},
+        {"optimizer": OptimizerConfig(lr=1e-2, ema_decay=0.9)},
     ],
     ids=str,
 )
@@ -201,6 +209,54 @@ def test_a_mix_reports_each_objective_and_mntp_is_validated_too(store, tmp_path)
 def test_a_length_that_does_not_fit_the_schedule_is_refused(store, tmp_path):
     with pytest.raises(InputError, match="steps must equal the sum of the schedule; got steps 12"):
         make(store, tmp_path / "wrong", schedule="1_CLM+2s_MLM", steps=12)
+
+
+def test_settings_of_lamb_and_of_embeddings_reach_it_too(store, tmp_path):
+    """eps, weight decay and the embeddings' exemption change LAMB's weights as they change AdamW's."""
+    found = [
+        weights(train(store, tmp_path / f"lamb_{number}", optimizer=OptimizerConfig(kind="lamb", lr=1e-2, **changes)))
+        for number, changes in enumerate(
+            [{}, {"eps": 1e-2}, {"weight_decay": 0.5}, {"decay_embeddings": False}, {"beta1": 0.5}, {"beta2": 0.5}]
+        )
+    ]
+    assert all(torch.isfinite(each).all() for each in found)
+    assert all(not torch.equal(found[0], other) for other in found[1:])
+
+
+def test_validation_and_the_finished_model_are_the_averages(store, plain, tmp_path):
+    made = train(store, tmp_path / "average", optimizer=OptimizerConfig(lr=1e-2, ema_decay=0.8))
+    own = weights(made).clone()
+    with made.judged_weights():
+        averaged = weights(made).clone()
+    assert torch.equal(weights(made), own)
+    expected = torch.cat([tensor.flatten() for tensor in made.average.tensors.values()])
+    assert torch.equal(averaged, expected)
+    assert not torch.equal(averaged, own)
+    with plain[0].judged_weights():  # without an average it is the weights themselves
+        assert torch.equal(weights(plain[0]), own)
+    losses = [record["loss"] for record in records(tmp_path / "average", "validation")]
+    assert losses[0] == records(plain[1], "validation")[0]["loss"]
+    assert losses[-1] != records(plain[1], "validation")[-1]["loss"]
+    # by hand: the average of the weights after each step of the same run
+    again = make(store, tmp_path / "by_hand")
+    average = weights(again).clone()
+    for step in range(12):
+        again._step(step)
+        average = 0.8 * average + 0.2 * weights(again)
+    torch.testing.assert_close(averaged, average, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_grow_and_the_tokens_of_a_step_stay(store, tmp_path):
+    made = make(store, tmp_path / "ramp", batch=BatchConfig(rows_per_step=8, length_ramp=("16@0.5",)))
+    shapes = [[(batch.num_tokens, batch.max_seqlen) for batch in made._train_batches(step)] for step in (0, 5, 6, 11)]
+    assert shapes == [[(96, 12)], [(96, 12)], [(80, 16)], [(96, 16)]]
+    assert made.rows[16].rows_per_epoch == 780 // 16
+
+
+def test_a_corpus_too_small_for_the_long_rows_is_refused(store, tmp_path):
+    long = replace(CONFIG.model, max_position_embeddings=1024)
+    with pytest.raises(InputError, match="batch.length_ramp: row_tokens must be at most the 780 tokens"):
+        make(store, tmp_path / "long", model=long, batch=BatchConfig(rows_per_step=100, length_ramp=("1000@0.5",)))
 
 
 def test_a_run_that_diverges_stops_before_it_saves(store, tmp_path):

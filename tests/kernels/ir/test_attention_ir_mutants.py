@@ -25,7 +25,8 @@ from antlm_fast.kernels.triton_support.launch import Tile
 
 Executing = Callable[[str], AbstractContextManager[list[str]]]
 Variant = Callable[..., dict[str, ModuleType]]
-VISIBILITY, FORWARD, BACKWARD = "triton_visibility", "triton_forward", "triton_backward"
+VISIBILITY, FORWARD, DQ, DKDV = "triton_visibility", "triton_forward", "triton_dq", "triton_dkdv"
+MODULE_OF = {"forward": FORWARD, "delta": DQ, "dq": DQ, "dkdv": DKDV}
 UNMASKED_LOADS = (VISIBILITY, "mask=(rows < stop)[:, None]", "mask=(rows >= 0)[:, None]")
 # lengths and slack rows; tiles are of 32
 ALONE, SLACK, PACKED = ((17,), 0), ((17,), 3), ((17, 47), 128)
@@ -92,27 +93,27 @@ MUTANTS = {
     "the forward's last keys": ("forward", UNMASKED_LOADS, ALONE, "past the end .* `k_ptr`"),
     "dQ's rows": (
         "dq",
-        (BACKWARD, "dq_ptr.dtype.element_ty), mask=inside)", "dq_ptr.dtype.element_ty))"),
+        (DQ, "dq_ptr.dtype.element_ty), mask=inside)", "dq_ptr.dtype.element_ty))"),
         ALONE,
         "past the end .* `dq_ptr`",
     ),
     "dQ's rows, packed": (
         "dq",
-        (BACKWARD, "dq_ptr.dtype.element_ty), mask=inside)", "dq_ptr.dtype.element_ty))"),
+        (DQ, "dq_ptr.dtype.element_ty), mask=inside)", "dq_ptr.dtype.element_ty))"),
         PACKED,
         "program instances .* `dq_ptr`",
     ),
     "dQ's last keys": ("dq", UNMASKED_LOADS, ALONE, "past the end .* `k_ptr`"),
     "dV's rows": (
         "dkdv",
-        (BACKWARD, "dv_ptr.dtype.element_ty), mask=inside)", "dv_ptr.dtype.element_ty))"),
+        (DKDV, "dv_ptr.dtype.element_ty), mask=inside)", "dv_ptr.dtype.element_ty))"),
         ALONE,
         "past the end .* `dv_ptr`",
     ),
     "dK/dV's last queries": ("dkdv", UNMASKED_LOADS, ALONE, "past the end .* `q_ptr`"),
     "delta's rows": (
         "delta",
-        (BACKWARD, "1), mask=rows < total_q)", "1))"),
+        (DQ, "1), mask=rows < total_q)", "1))"),
         ALONE,
         "past the end .* `delta_ptr`",
     ),
@@ -127,7 +128,7 @@ def test_a_missing_mask_is_caught(
     from ttsem.sanitize import KernelFault
 
     kernel, change, batch, message = MUTANTS[fault]
-    module = variant(change)[FORWARD if kernel == "forward" else BACKWARD]
+    module = variant(change)[MODULE_OF[kernel]]
     monkeypatch.setattr(triton_launches, "tile_for", lambda *_: Tile(32, 32, 4, 2))
     monkeypatch.setattr(triton_launches, f"{kernel}_kernel", getattr(module, f"{kernel}_kernel"))
     with pytest.raises(KernelFault, match=message), executing_ttgir(arch):

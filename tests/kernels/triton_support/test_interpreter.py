@@ -268,7 +268,7 @@ def test_dot_into_float16_accumulates_in_float32() -> None:
 def _philox(seed_ptr, out_ptr, ROWS: tl.constexpr, COLS: tl.constexpr, head):
     rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     # counters of different shapes, int32 like the kernels' own
-    word0, word1, word2, word3 = tl.philox(tl.load(seed_ptr), cols + (2**31 - 8), rows + 70000, head, 0)
+    word0, word1, word2, word3 = tl.philox(tl.load(seed_ptr), cols + (2**31 - 8), rows + 70000, head, 0, 7)
     at = out_ptr + rows * COLS + cols
     tl.store(at, word0)
     tl.store(at + ROWS * COLS, word1)
