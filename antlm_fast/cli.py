@@ -1,4 +1,4 @@
-"""The command line: train, eval, generate, fill, recipes, prime, doctor. Bad input is one line and exit code 2."""
+"""The command line: train, eval, generate, fill, import, recipes, prime, doctor. Bad input is one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     fill.add_argument("--top-k", type=int, default=5)
     fill.add_argument("--mntp", action="store_true", help="read each mask at the position before it")
     fill.set_defaults(command=_fill)
+
+    take = commands.add_parser("import", help="make a model folder of a public LTG-BERT or GPT-BERT checkpoint")
+    take.add_argument("weights", type=Path, help="folder or file: .safetensors, .bin, .pt; tokenizer.json beside it")
+    take.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="a folder that does not exist")
+    take.add_argument("--heads", metavar="N", type=int, help="attention heads (config.json's num_attention_heads)")
+    take.add_argument("--config", metavar="FILE", type=Path, help="(config.json beside the weights)")
+    take.set_defaults(command=_import)
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one with its sources")
     kinds = recipes.add_subparsers(required=True, metavar="list|show")
@@ -238,6 +245,14 @@ def _fill(options: argparse.Namespace) -> None:
     for number, candidates in enumerate(answers.values(), start=1):
         shown = "  ".join(f"{tokenizer.decode([token]).strip()} {share:.3f}" for token, share in candidates)
         print(f"mask {number}: {shown}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from antlm_fast.pipeline import import_checkpoint
+
+    model = import_checkpoint(options.weights, options.output, num_attention_heads=options.heads, config=options.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{options.output}: {model.config.architecture}, {parameters / 1e6:.2f}M parameters")
 
 
 def _recipes_list(options: argparse.Namespace) -> None:

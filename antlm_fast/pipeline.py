@@ -23,7 +23,7 @@ from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
 from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
 from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, load_pairs
-from antlm_fast.models import LanguageModel, build_model, load_pretrained, save_pretrained
+from antlm_fast.models import LanguageModel, build_model, load_pretrained, load_public_checkpoint, save_pretrained
 from antlm_fast.report import write_report
 from antlm_fast.schedule import Schedule
 from antlm_fast.training.config import TrainConfig
@@ -126,13 +126,38 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         )
         raise InputError(f"no model in {path}: {why}")
     model = load_pretrained(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return model, _tokenizer_of(model, folder / "tokenizer.json")
+
+
+def import_checkpoint(
+    weights: Path, folder: Path, *, num_attention_heads: int | None = None, config: Path | None = None
+) -> LanguageModel:
+    """A public LTG-BERT or GPT-BERT checkpoint as a model folder of ours, with the tokenizer.json beside it.
+
+    Args:
+        weights, num_attention_heads, config: as for `load_public_checkpoint`.
+        folder: is made; must not exist.
+
+    Raises:
+        InputError: the folder exists, or the checkpoint or its tokenizer cannot be used; nothing is written then.
+    """
+    if folder.exists():
+        raise InputError(f"output must be a folder that does not exist; got {folder}")
+    model = load_public_checkpoint(weights, num_attention_heads=num_attention_heads, config=config)
+    beside = (weights if weights.is_dir() else weights.parent) / "tokenizer.json"
+    tokenizer = _tokenizer_of(model, beside)
+    save_pretrained(model, folder, token_ids=tokenizer.role_ids)
+    tokenizer.save_pretrained_files(folder)
+    return model
+
+
+def _tokenizer_of(model: LanguageModel, path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
-            f"{folder / 'tokenizer.json'} must have the model's vocabulary of {model.config.vocab_size} tokens; "
-            f"got {tokenizer.vocab_size}"
+            f"{path} must have the model's vocabulary of {model.config.vocab_size} tokens; got {tokenizer.vocab_size}"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def score_pairs(

@@ -61,7 +61,7 @@ def gptbert() -> TrainConfig:
             beta2=0.98,
             eps=1e-8,
             weight_decay=0.1,
-            decay_embeddings=False,
+            decay_embeddings=True,  # its published code leaves out biases and norms alone
             clip_norm=2.0,
             ema_decay=0.999,
         ),

@@ -29,10 +29,16 @@ def _is_llama(record: RunRecord) -> bool:
     )
 
 
+def _is_exported_bert(record: RunRecord) -> bool:
+    return record.model_config.get("model_type") == "antlm_bert"
+
+
 def _front_matter(record: RunRecord) -> str:
     lines = ["---", f"model_name: {json.dumps(record.name)}"]  # a JSON text is a YAML text, quotes included
     if _is_llama(record):
         lines += ["library_name: transformers", "pipeline_tag: text-generation"]
+    if _is_exported_bert(record):
+        lines += ["library_name: transformers", "pipeline_tag: fill-mask"]
     return "\n".join([*lines, "tags:", "  - antlm", "  - causal-lm", "  - masked-lm", "---"])
 
 
@@ -41,8 +47,10 @@ def _about(record: RunRecord) -> str:
     rows = [f"| parameters | {numbers.count(record.num_parameters)} |"] if record.num_parameters else []
     rows += [f"| {label} | {_cell(sizes[key])} |" for key, label in SIZES.items() if sizes.get(key) is not None]
     layout = " Its weights have the layout of `LlamaForCausalLM`." if _is_llama(record) else ""
+    mixed = any(phase.objective.startswith("MIX") for phase in record.phases)
+    how = "both in every batch" if mixed else "in turns"
     about = (
-        f"# {_cell(record.name)}\n\nOne transformer trained in turns by causal and by masked language modelling with "
+        f"# {_cell(record.name)}\n\nOne transformer trained by causal and by masked language modelling, {how}, with "
         f"`antlm_fast`: the same weights continue a text and fill its gaps (AntLM, arXiv 2412.03275).{layout}"
     )
     return about + ("\n\n| size | |\n|---|---|\n" + "\n".join(rows) if rows else "")
@@ -102,6 +110,16 @@ def _loading(record: RunRecord) -> str:
             "from transformers import AutoTokenizer, LlamaForCausalLM\n\n"
             'model = LlamaForCausalLM.from_pretrained("model")\n'
             'tokenizer = AutoTokenizer.from_pretrained("model")\n'
+            "```"
+        )
+    if _is_exported_bert(record):
+        blocks.append(
+            "With transformers, in the folder of this file; the modelling code lies beside the weights:\n\n"
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer\n\n"
+            'masked = AutoModelForMaskedLM.from_pretrained("model", trust_remote_code=True)  # sees the whole text\n'
+            'causal = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)  # sees the past alone\n'
+            'tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)\n'
             "```"
         )
     shift = ", shift=1" if any(phase.objective.startswith("MNTP") for phase in record.phases) else ""

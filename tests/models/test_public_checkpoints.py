@@ -5,12 +5,15 @@ import json
 import math
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from antlm_fast.cli import main
 from antlm_fast.models import GptBertConfig, LtgBertConfig, build_model
 from antlm_fast.models.public_checkpoints import convert_state_dict, load_public_checkpoint
+from antlm_fast.pipeline import open_model
 from antlm_fast.types import InputError
 
 VOCAB, SIZE, WIDTH, LAYERS, HEADS, BUCKETS, LONGEST = 30, 24, 20, 3, 4, 8, 40
@@ -270,6 +273,29 @@ def test_a_folder_of_the_hub_is_read(tmp_path, name):
         model = load_public_checkpoint(path)
         assert torch.equal(model.head_weight, state["embedding.word_embedding.weight"])
         assert model.config.num_attention_heads == HEADS
+
+
+def test_the_command_line_makes_a_model_folder_with_its_tokenizer(tmp_path, capsys):
+    state = public_state("ltg_bert")
+    vocabulary = {token: index for index, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"])}
+    vocabulary |= {f"##{index}": index for index in range(len(vocabulary), VOCAB)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    source, folder = tmp_path / "public", tmp_path / "ours"
+    source.mkdir()
+    save_file({name: tensor.clone() for name, tensor in state.items()}, source / "model.safetensors")
+    arguments = ["import", str(source), "--output", str(folder), "--heads", str(HEADS)]
+    assert main(arguments) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+    assert not folder.exists()
+    tokenizer.save(str(source / "tokenizer.json"))
+    assert main(arguments) == 0
+    assert "ours: ltg_bert, 0.01M parameters" in capsys.readouterr().out
+    model, own = open_model(folder)
+    assert torch.equal(model.head_weight, state["embedding.word_embedding.weight"])
+    assert own.mask_id == 3
+    assert main(arguments) == 2
+    assert "output must be a folder that does not exist" in capsys.readouterr().err
 
 
 def test_a_training_state_gives_its_average_unless_told_not_to(tmp_path):

@@ -231,6 +231,18 @@ def test_the_card_of_an_mntp_run_reads_the_position_before_the_mask(tmp_path: Pa
     assert "tokenizer.mask_id, shift=1," in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_card_of_an_exported_bert_loads_its_own_code(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", **RUNS["mixed"])
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "antlm_bert", "architectures": ["X"]}))
+    write_report(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: fill-mask" in card
+    assert "by masked language modelling, both in every batch, with" in " ".join(card.split())
+    assert 'AutoModelForMaskedLM.from_pretrained("model", trust_remote_code=True)' in card
+    assert "LlamaForCausalLM" not in card
+
+
 def test_an_unfinished_run_says_so_and_leaves_out_what_is_not_there(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", ANTLM, done=30, model=False)
     (folder / "config.json").unlink()
