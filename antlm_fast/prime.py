@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from triton.runtime.driver import driver
 from antlm_fast.kernels.attention.triton_launches import TILES, offline_launches
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 from antlm_fast.kernels.triton_support.interpreter import interpreting
-from antlm_fast.kernels.triton_support.launch import arch_of, kind_of, read_tiles
+from antlm_fast.kernels.triton_support.launch import Launch, arch_of, kind_of, read_tiles
 from antlm_fast.kernels.triton_support.offline import TARGETS, target
 from antlm_fast.training.config import TrainConfig
 from antlm_fast.types import InputError
@@ -29,13 +30,19 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSizes:
-    """What attention's kernels depend on; sequences, lengths, batches and flags are not among it."""
+    """What attention's kernels depend on; sequences, lengths, batches and flags are not among it.
+
+    Args:
+        dropout: whether training drops attention probabilities; evaluation drops none.
+        bucket_size: of disentangled attention, B of its relative tables; None is plain attention.
+    """
 
     head_dim: int
     heads: int
     kv_heads: int
     dtype: torch.dtype
     dropout: bool = False
+    bucket_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,22 @@ def sizes_of(config: TrainConfig, precision: str | None = None) -> AttentionSize
         precision: one of DTYPES.
     """
     wanted = precision or ("bfloat16" if config.precision == "auto" else config.precision)
-    model = config.model  # its queries and keys leave a projection and the rotary embedding in autocast's dtype
+    model = config.model  # its queries and keys leave a projection (and the rotary embedding) in autocast's dtype
+    sizes: dict[str, Any] = {"head_dim": model.head_dim, "heads": model.num_attention_heads, "dtype": DTYPES[wanted]}
+    if model.architecture == "baby_llama":
+        return AttentionSizes(**sizes, kv_heads=model.kv_heads)
     return AttentionSizes(
-        head_dim=model.head_dim, heads=model.num_attention_heads, kv_heads=model.kv_heads, dtype=DTYPES[wanted]
+        **sizes,
+        kv_heads=model.num_attention_heads,
+        dropout=model.attention_dropout > 0,
+        bucket_size=model.position_bucket_size,
     )
 
 
 def prime(sizes: AttentionSizes, arch: str | None = None) -> Iterator[PrimedKernel]:
     """Compile forward, delta, dQ and dK/dV for a GPU, or find them in Triton's cache; yields each when it is there.
+
+    With dropout also the forward without it, which evaluation runs.
 
     float32 is compiled as torch.get_float32_matmul_precision() says now, in IEEE arithmetic or tf32.
 
@@ -100,9 +115,19 @@ def cache_folder() -> Path:
 
 
 def _compile(sizes: AttentionSizes, row: str, gpu: GPUTarget, kind: str) -> Iterator[PrimedKernel]:
-    launches = offline_launches(
-        row, sizes.dtype, sizes.head_dim, sizes.heads, sizes.kv_heads, dropout=sizes.dropout, kind=kind
-    )
+    launches: list[Launch] = []
+    for dropout in (True, False) if sizes.dropout else (False,):
+        wanted = offline_launches(
+            row,
+            sizes.dtype,
+            sizes.head_dim,
+            sizes.heads,
+            sizes.kv_heads,
+            dropout=dropout,
+            kind=kind,
+            bucket_size=sizes.bucket_size,
+        )
+        launches += wanted[:1] if launches else wanted
     name = f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch)
     for launch in launches:
         # the file that Triton writes last, and looks for first

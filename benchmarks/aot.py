@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kernels", nargs="+", metavar="KERNEL", help="forward, delta, dq, dkdv, loss_forward, loss_d_logits"
     )
+    parser.add_argument("--options", nargs="+", metavar="OPTION", help='such as dropout, "relative dropout", none')
     parser.add_argument(
         "--write", action="store_true", help="put what was compiled into the table, then judge by rules"
     )
@@ -67,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     configs = list(aot_compile.configurations(**chosen))
     whole = list(aot_compile.configurations())
+    if arguments.options:
+        known = sorted({config.option or "none" for config in whole})
+        if wrong := [option for option in arguments.options if option not in known]:
+            parser.error(f"--options must be among {', '.join(known)}; got {wrong[0]}")
+        configs = [config for config in configs if (config.option or "none") in arguments.options]
     if arguments.write and len(configs) < len(whole) and table["triton"] not in (None, _version("triton")):
         parser.error(f"--write must be of the whole table: the old one was made with Triton {table['triton']}")
     cases = []

@@ -34,6 +34,8 @@ LOSS_HIDDEN_SIZE = 768  # one size stands for all that are multiples of 16: it i
 LOSS_VOCAB_SIZE = 32768
 SIZES = (*HEAD_DIMS, LOSS_HIDDEN_SIZE)
 COMPARED_HEAD_DIMS = (64, 128)
+RELATIVE_HEAD_DIMS = {"half": (32, 64, 128), "tf32": (64,), "ieee": (64,)}  # disentangled attention's rows
+_BUCKET_SIZE = 32
 _HEADS = 8
 _GROUPED_KV_HEADS = 2  # dK/dV is another binary where a key head serves several query heads
 
@@ -46,7 +48,9 @@ class Config:
     kind: str
     head_dim: int
     kernel: str
-    option: str = ""  # "dropout", "float16", "gqa", of the loss "options" (bias, softcap, smoothing), or none
+    # "dropout", "float16", "gqa", "relative" (both terms), "relative dropout"; of the loss "options" (bias, softcap,
+    # smoothing); or none
+    option: str = ""
 
     @property
     def name(self) -> str:
@@ -82,6 +86,10 @@ def configurations(
                             yield Config(arch, kind, head_dim, kernel, "dropout")
                         if kernel == "dkdv":
                             yield Config(arch, kind, head_dim, kernel, "gqa")
+                    if kernel != "delta" and head_dim in RELATIVE_HEAD_DIMS[kind]:
+                        yield Config(arch, kind, head_dim, kernel, "relative")
+                        if kind == "half" and head_dim == 64:
+                            yield Config(arch, kind, head_dim, kernel, "relative dropout")
 
 
 def launch_of(config: Config) -> Launch:
@@ -106,8 +114,9 @@ def launch_of(config: Config) -> Launch:
         config.head_dim,
         _HEADS,
         _GROUPED_KV_HEADS if config.option == "gqa" else _HEADS,
-        dropout=config.option == "dropout",
+        dropout="dropout" in config.option,
         kind=config.kind,
+        bucket_size=_BUCKET_SIZE if "relative" in config.option else None,
     )
     return next(launch for launch in launches if launch.name == f"{config.kernel}_kernel")
 

@@ -30,7 +30,8 @@ _SPILL_FREE = {
     for arch in ("sm_80", "sm_90")
     for head_dim in (64, 128)
     for option in ("", " float16", " dropout")
-}
+} | {f"sm_90 half {head_dim} forward relative" for head_dim in (32, 64, 128)}
+_SPILL_FREE.add("sm_90 half 64 forward relative dropout")
 # bytes; on AMD registers
 _SPILLS = ("spill_store_bytes", "spill_load_bytes", "vgpr_spills", "sgpr_spills")
 _NEVER_MORE = (*_SPILLS, "stack_bytes", "shared_bytes")

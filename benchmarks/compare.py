@@ -106,7 +106,7 @@ def differences(suites: Sequence[str], first: Mapping[str, Any], second: Mapping
 
 
 def is_ours(row: Row) -> bool:
-    return "antlm_fast" in row.provider or row.suite == "data" and "HF " not in row.provider
+    return "antlm_fast" in row.provider or (row.suite == "data" and "HF " not in row.provider)
 
 
 def _print_suite(before: Sequence[Row], after: Sequence[Row], margin: float) -> int:

@@ -82,6 +82,8 @@ def _provider(case: str, name: str, prepare: functools.partial[Call]) -> Provide
 
 
 def _places(rows: Rows) -> Iterator[tuple[int, int, int]]:
+    if rows.rows_per_epoch < ROWS:
+        raise ValueError(f"the corpus must have {ROWS} rows; got {rows.rows_per_epoch}")
     for epoch in itertools.count():
         for start in range(0, rows.rows_per_epoch - ROWS + 1, ROWS):
             yield epoch, start, start + ROWS
@@ -113,8 +115,8 @@ def _making(rows: Rows, share: float, masking: MaskingConfig) -> Call:
 
 def _collating(rows: Rows) -> Call:
     """transformers' collator for MLM, one of its forms that needs no tokenizer's special-token look-up per row."""
-    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
     names = {f"t{number}": number for number in range(VOCAB_SIZE - 1)} | {"<mask>": VOCAB_SIZE - 1}
     backend = Tokenizer(models.WordLevel(names, unk_token="t0"))

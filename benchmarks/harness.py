@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ __all__ = ["Bench", "Call", "Provider", "Row", "attempt", "environment", "measur
 
 # what is timed; one that times itself (on another process, on a device) returns seconds
 Call = Callable[[], object]
-HEADER = f"  {'case':15}{'provider':36}{'median':>11}{'quartiles':>21}{'rate':>20}{'of floor':>9}{'/first':>8}"
+HEADER = f"  {'case':20}{'provider':39}{'median':>12}{'quartiles':>24}{'rate':>18}{'of floor':>9}{'/first':>8}"
 _L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -37,6 +38,7 @@ class Provider:
         floor: seconds that the work takes at the machine's measured limits, or None.
         faces: shapes of what a tiny call gives on tensors of a device that is not there (`--dry-run`).
         graph: whether the call may be captured in a CUDA graph and replayed.
+        rounds: at most so many timed calls, where one takes very long; 1 also leaves out the warm-up.
     """
 
     case: str
@@ -48,6 +50,7 @@ class Provider:
     floor: float | None = None
     faces: Callable[[], object] | None = None
     graph: bool = False
+    rounds: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,8 @@ def measure(
         if number and time.monotonic() > until:
             break
         for place, call in list(calls.items()):
+            if number >= (providers[place].rounds or rounds):
+                continue
             try:
                 begun = clock()
                 own = call()
@@ -178,7 +183,7 @@ def attempt(provider: Provider, warmup: int) -> Call | str:
         if provider.probe is not None:
             provider.probe()
         call = provider.prepare()
-        for _ in range(warmup):
+        for _ in range(warmup if provider.rounds != 1 else 0):
             call()
     except Exception as error:  # whatever a peer raises becomes its row; the others go on
         return told(error)
@@ -189,11 +194,7 @@ def told(error: BaseException) -> str:
     """An error in a line that names no folder of this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
-    words = [
-        word if "/" not in word or "//" in word or not word.strip("'\"(").startswith("/") else "..."
-        for word in text.split(" ")
-    ]
-    text = " ".join(words)[:240]
+    text = re.sub(r"(?<![\w.])/[\w./-]+", "...", text)[:240]
     return text if isinstance(error, Told) else f"{type(error).__name__}: {text}"
 
 
@@ -245,17 +246,24 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield f"{rows[0].suite}: {rows[0].workload}"
     yield HEADER
     for one in rows:
-        label = f"  {one.case:15}{one.provider:36}"
+        label = f"  {one.case:20}{one.provider:39}"
         if not one.samples:
             yield f"{label}{one.reason}"
             continue
-        first = next(other for other in rows if other.case == one.case)
-        compared = f"{ratio(one.samples, first.samples):.2f}" if first.samples else "-"
+        times = over_first(one, rows)
+        compared = "-" if times is None else f"{times:.2f}"
         low, middle, high = (amount_text(value, one.quantity) for value in quartiles(one.samples))
-        spread = f"{low} - {high}"
         floor = f"{of_floor(one):.0%}" if of_floor(one) is not None else "-"
-        line = f"{label}{middle:>11}{spread:>21}{rate_text(one):>20}{floor:>9}{compared:>8}"
-        yield line + "".join(f"  {name} {value:,.4g}" for name, value in one.extras.items())
+        line = f"{label}{middle:>12}{f'{low} - {high}':>24}{rate_text(one):>18}{floor:>9}{compared:>8}"
+        yield line + "".join(f"  {name} {value:.4g}" for name, value in one.extras.items())
+
+
+def over_first(row: Row, rows: Sequence[Row]) -> float | None:
+    """How many times as much as the first row of its workload and case; None where one of them has no figure, or 0."""
+    first = next(other for other in rows if (other.workload, other.case) == (row.workload, row.case))
+    if not row.samples or not first.samples or not all(first.samples):
+        return None
+    return ratio(row.samples, first.samples)
 
 
 def amount_text(value: float, quantity: str) -> str:
@@ -265,7 +273,10 @@ def amount_text(value: float, quantity: str) -> str:
 
 
 def rate_text(row: Row) -> str:
-    return f"{row.amount / row.median:,.0f} {row.unit}" if row.quantity == "s" and row.median else "-"
+    if row.quantity != "s" or not row.median:
+        return "-"
+    rate = row.amount / row.median
+    return f"{rate:,.0f} {row.unit}" if rate >= 100 else f"{rate:.3g} {row.unit}"
 
 
 def of_floor(row: Row) -> float | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from fake_cuda import faces
 from harness import Bench, Call, Provider, Row
 from op_workloads import not_compiled
 from peers import operations
@@ -107,6 +108,7 @@ def layers_suite(bench: Bench) -> Iterator[list[Row]]:
                     amount=moved / 1e9,
                     unit="GB/s",
                     floor=bench.floor(Work(flops=0, bytes=moved), dtype_name),
+                    faces=None if name == "torch.compile" else functools.partial(faces, way, inputs),
                     graph=True,
                 )
                 for name, way in ways.items()
@@ -116,7 +118,11 @@ def layers_suite(bench: Bench) -> Iterator[list[Row]]:
 
 
 def _with_tables(function: Function, tables: Sequence[Tensor], *inputs: Tensor) -> Any:
-    return function(*inputs, *(x.to(inputs[0].dtype) if inputs[0].dtype == torch.float64 else x for x in tables))
+    """Tables stay float32, as in the model; for the float64 truth they are widened, on a fake device made anew."""
+    x = inputs[0]
+    if x.device != tables[0].device:
+        return function(*inputs, *(torch.empty(table.shape, device=x.device) for table in tables))
+    return function(*inputs, *(table.double() if x.dtype == torch.float64 else table for table in tables))
 
 
 def _run(function: Function, inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor]:

@@ -50,6 +50,8 @@ def _measured(bench: Bench, row: Row, work: Callable[..., float], *arguments: An
         return replace(row, reason="would be measured in a new process")
     if bench.left() < 0:
         return replace(row, reason="the suite's time was used up")
+    if bench.device != "cpu":
+        return replace(row, reason="counts what a process holds on a CPU; the steps' rows count the device's memory")
     if reason := cannot_measure():
         return replace(row, reason=reason)
     try:

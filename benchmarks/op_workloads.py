@@ -6,18 +6,16 @@ dtype makes on the same inputs, before it is timed. Times are of forward and bac
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from unittest import mock
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from fake_cuda import faces
 from harness import Bench, Call, Provider, Row, Told
 from peers import operations
 from roofline import attention_work, cross_entropy_work, disentangled_work
 from sizes import DTYPES
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from antlm_fast.kernels.attention import attention
 from antlm_fast.kernels.attention.api import DENSE
@@ -31,6 +29,10 @@ Function = Callable[..., Tensor]
 BUCKETS = 32
 # forms that hold seqlen^2 * head_dim numbers are left out beyond this
 EINSUM_MIB = 4096
+_CHECKED = 2  # sequences
+# the specification is timed once, to show that it is no competitor, and not at lengths where that takes minutes
+REFERENCE = "antlm_fast reference"
+_LONGEST_REFERENCE = 128
 NEEDS_COMPILER = ("FlexAttention", "logits of labelled rows, compiled")
 
 
@@ -50,7 +52,7 @@ def attention_suite(bench: Bench) -> Iterator[list[Row]]:
                 check = Check(reference, tensors)
                 ways: dict[str, tuple[Function, bool]] = {
                     f"antlm_fast {impl}": (functools.partial(attention, causal=causal, impl=impl), False)
-                    for impl in preferred(DENSE)
+                    for impl in preferred(DENSE, bench.device)
                 }
                 for name, (function, transposed) in operations.ATTENTION.items():
                     ways[name] = functools.partial(function, causal=causal), transposed
@@ -68,6 +70,7 @@ def attention_suite(bench: Bench) -> Iterator[list[Row]]:
                             floor=bench.floor(work, dtype_name),
                             faces=None if name in NEEDS_COMPILER else functools.partial(faces, function, inputs[:3]),
                             graph=True,
+                            rounds=1 if name == REFERENCE else None,
                         )
                     )
             shape = f"B,H,T,D {batch},{heads},{seqlen},{head_dim}, {dtype_name}"
@@ -85,8 +88,10 @@ def disentangled_suite(bench: Bench) -> Iterator[list[Row]]:
                 check = Check(reference, [x.detach().cpu() for x in inputs])
                 ways: dict[str, Function] = {
                     f"antlm_fast {impl}": functools.partial(disentangled_attention, causal=causal, impl=impl)
-                    for impl in preferred(VARLEN)
+                    for impl in preferred(VARLEN, bench.device)
                 }
+                if seqlen > _LONGEST_REFERENCE:
+                    ways[REFERENCE] = _too_slow
                 for name, function in operations.DISENTANGLED.items():
                     ways[name] = functools.partial(function, causal=causal)
                     if "einsum" in name and 4 * seqlen**2 * heads * head_dim * 2 / 2**20 > EINSUM_MIB:
@@ -103,6 +108,7 @@ def disentangled_suite(bench: Bench) -> Iterator[list[Row]]:
                         floor=bench.floor(work, dtype_name),
                         faces=None if name in NEEDS_COMPILER else functools.partial(faces, function, inputs[:5]),
                         graph=True,
+                        rounds=1 if name == REFERENCE else None,
                     )
                     for name, function in ways.items()
                 ]
@@ -136,7 +142,7 @@ def cross_entropy_suite(bench: Bench) -> Iterator[list[Row]]:
             moved = targets.to(bench.device)
             ways: dict[str, Function] = {
                 f"antlm_fast {impl}": functools.partial(linear_cross_entropy, targets=moved, impl=impl)
-                for impl in preferred(TABLE)
+                for impl in preferred(TABLE, bench.device)
             }
             for name, function in operations.CROSS_ENTROPY.items():
                 if name in NEEDS_COMPILER and not bench.sizes.compiled:
@@ -175,29 +181,40 @@ def drawn_targets(rows: int, vocab_size: int, share: float, generator: torch.Gen
     return torch.randint(vocab_size, (rows,), generator=generator).where(labelled, -100)
 
 
-def preferred(table: Sequence[str] | dict[str, object]) -> list[str]:
-    """Implementations in the order of impl="auto", those for this device first: the first row is compared with."""
-    on_gpu = torch.cuda.is_available()
-    return sorted(table, key=lambda impl: (impl == "reference", (impl == "triton") != on_gpu))
+def preferred(table: Iterable[str], device: str) -> list[str]:
+    """Implementations in the order of impl="auto", Triton's last on a CPU: the first row is the one compared with."""
+    return sorted(table, key=lambda impl: (impl == "reference", impl == "triton" and device != "cuda"))
 
 
 class Check:
-    """Holds providers to the reference in float64, which is computed when the first of them asks."""
+    """Holds providers to the reference in float64, which is computed when the first of them asks.
+
+    Of inputs with a batch, the first sequences are checked in full, and their results again among all of them.
+    """
 
     def __init__(self, reference: Function, inputs: Sequence[Tensor]) -> None:
+        inputs = _first(inputs)
         self.exact = functools.cache(lambda: results(reference, [x.double() for x in inputs]))
         self.plain = functools.cache(lambda: results(reference, inputs))
 
     def checked(self, function: Function, inputs: Sequence[Tensor], *, transposed: bool = False) -> Call:
         """Forward and backward of the function, once its numbers are right."""
-        found = results(function, inputs)
-        for place, (actual, wanted, plain) in enumerate(zip(found, self.exact(), self.plain(), strict=True)):
-            name = f"gradient of input {place - 1}" if place else "result"
-            actual = actual.transpose(1, 2) if transposed and actual.ndim == 4 else actual
-            assert_within_budget(name, actual.cpu(), wanted, plain, slack=3.0 if place else 2.0)
         *arguments, grad_out = inputs
+        found = results(function, _first(inputs))
+        with torch.no_grad():
+            whole = _first([function(*arguments)])[0]
+        names = ["result", *(f"gradient of input {place}" for place in range(len(arguments))), "result of all"]
+        exact, plain = self.exact(), self.plain()
+        triples = zip((*found, whole), (*exact, exact[0]), (*plain, plain[0]), names, strict=True)
+        for actual, wanted, eager, name in triples:
+            actual = actual.transpose(1, 2) if transposed and actual.ndim == 4 else actual
+            assert_within_budget(name, actual.cpu(), wanted, eager, slack=3.0 if "gradient" in name else 2.0)
         gradient = grad_out.to(found[0])
         return lambda: torch.autograd.grad(function(*arguments), arguments, gradient)
+
+
+def _first(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach()[:_CHECKED].requires_grad_(x.requires_grad) if x.ndim == 4 else x for x in tensors]
 
 
 def results(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -237,23 +254,9 @@ def not_compiled(*_: object, **__: object) -> Tensor:
     raise Told("nothing is compiled at these sizes: it takes half a minute; see --sizes full")
 
 
+def _too_slow(*_: object, **__: object) -> Tensor:
+    raise Told("the specification, which is not timed at this length")
+
+
 def _too_large(*_: object, **__: object) -> Tensor:
     raise Told(f"its gathered tables would take more than {EINSUM_MIB} MiB")
-
-
-def faces(function: Function, inputs: Sequence[Tensor], *, targets: Tensor | None = None) -> str:
-    """Shape and dtype of the forward on CUDA tensors without a GPU. (Autograd on them ends a process without CUDA.)"""
-    with fake_cuda():
-        arguments = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
-        keywords = {} if targets is None else {"targets": torch.empty_like(targets, device="cuda")}
-        out = function(*arguments, **keywords)
-        if out.device.type != "cuda":
-            raise AssertionError(f"the result must be on cuda; got {out.device}")
-        return f"{tuple(out.shape)} {str(out.dtype).removeprefix('torch.')}"
-
-
-@contextlib.contextmanager
-def fake_cuda() -> Iterator[None]:
-    """Tensors on a device of compute capability 9.0 that is not there."""
-    with mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)), FakeTensorMode(), torch.no_grad():
-        yield

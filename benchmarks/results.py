@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Row, of_floor, quartiles, ratio
+from harness import Row, of_floor, over_first, quartiles
 
 FORMAT = 2
 _COLUMNS = (
@@ -80,16 +80,6 @@ def workloads(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield workload, [row for row in rows if row.workload == workload]
 
 
-def first_of_case(row: Row, rows: Sequence[Row]) -> Row:
-    """The row that this one is compared with."""
-    return next(other for other in rows if (other.workload, other.case) == (row.workload, row.case))
-
-
-def over_first(row: Row, rows: Sequence[Row]) -> float | None:
-    first = first_of_case(row, rows)
-    return ratio(row.samples, first.samples) if row.samples and first.samples else None
-
-
 def write_csv(path: Path, suites: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
@@ -127,7 +117,8 @@ def draw(path: Path, suites: Mapping[str, Any]) -> list[Path]:
     matplotlib.use("Agg")
     drawn = []
     for suite, record in suites.items():
-        rows = [row for row in rows_of(record) if row.samples]
+        # the specification is the slowest of all: it would leave no room for what is compared
+        rows = [row for row in rows_of(record) if row.samples and "reference" not in row.provider]
         if rows:
             picture = path.with_name(f"{path.stem}-{suite}.png")
             figure = _curves(rows) if suite == "scaling" else _bars(suite, rows)
@@ -193,6 +184,10 @@ def _curves(rows: Sequence[Row]) -> Any:
             style = "o-" if "antlm_fast" in name else "o--"
             axis.plot([x for x, _ in points], [y for _, y in points], style, label=name, ms=3, lw=1)
         axis.set(xscale="log", yscale="log", ylabel="ms", xlabel=own[0].case.partition(" =")[0])
+        ticks = list(dict.fromkeys(row.case.rpartition("= ")[2] for row in own))
+        axis.set_xticks([float(tick) for tick in ticks], ticks)
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(workload, fontsize=8)
         axis.legend(frameon=False, fontsize=7)
         axis.grid(alpha=0.3)

@@ -1,14 +1,14 @@
 """Speed and memory of antlm_fast beside its peers on this machine: `python benchmarks/run.py --quick`.
 
-    python benchmarks/run.py --output benchmarks/results/NAME.json             every suite, about 35 minutes on 2 cores
+    python benchmarks/run.py --output benchmarks/results/NAME.json             every suite, 37 minutes at most
     python benchmarks/run.py --suite switch --merge --output .../NAME.json     one suite, into a file that has others
     python benchmarks/run.py --compare A.json B.json                           exit status 1 where B is slower than A
     python benchmarks/run.py --dry-run --device cuda                           the plan, and shapes on fake CUDA tensors
     python benchmarks/report.py                                                docs/performance.md from the results
 
-Providers take turns, call by call; a figure is the median of its calls, with quartiles. A provider's numbers are checked
-against the float64 reference before it is timed; one that is wrong, or cannot run here, has its reason instead of a
-figure. "of floor" is the least time that the measured peak and bandwidth allow, over the time taken (roofline.py).
+Providers take turns, call by call; a figure is the median of its calls, with quartiles. A provider's numbers are
+checked against the float64 reference before it is timed; one that is wrong, or cannot run here, has its reason instead
+of a figure. "of floor" is the least time that the measured peak and bandwidth allow, over the time taken (roofline.py).
 --output writes NAME.json with all samples, NAME.csv, and a picture of each suite.
 """
 

@@ -13,11 +13,13 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from fake_cuda import fake_cuda
 from harness import Told, captured, synchronize
 from peers import hugging_face
 from peers.eager_ltg_bert import EagerLtgBert
@@ -62,16 +64,13 @@ class StepRunner:
         device: str = "cpu",
     ) -> None:
         torch.manual_seed(0)
+        if not dropout:
+            config = {name: 0.0 if name.endswith("_dropout") else value for name, value in config.items()}
         self.config = MODEL_CONFIGS[config["architecture"]](**config)
         self.source, self.form, self.precision, self.device = source, form, precision, device
         self.compiled = compiled
         self.model = self._build().to(device, torch.float64 if precision == "fp64" else torch.float32)
-        dropouts = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
-        for part in dropouts if not dropout else ():
-            part.p = 0.0
-        if not dropout:
-            self._silence_attention()
-        self.drops = any(part.p > 0 for part in dropouts)
+        self.drops = any(part.p > 0 for part in self.model.modules() if isinstance(part, nn.Dropout))
         self.model.train()
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         for group in self.optimizer.param_groups:
@@ -195,12 +194,6 @@ class StepRunner:
         peer.load_state_dict(ours.state_dict())
         return peer
 
-    def _silence_attention(self) -> None:
-        """Dropout of probabilities is a number that attention is called with, not a module."""
-        for part in self.model.modules():
-            if hasattr(part, "dropout_p"):
-                part.dropout_p = 0.0
-
     def _backward(self, loss: Loss) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -211,22 +204,33 @@ class StepRunner:
     def _loss_of(self, objective: str, sequences: int, seqlen: int, *, compiled: bool | None = None) -> Loss:
         batch, causal = self.batch(objective, sequences, seqlen), objective == "CLM"
         ((positions, targets),) = ((batch.labelled[name], batch.targets[name]) for name in batch.labelled)
-        if isinstance(self.model, LanguageModel):
-            impl = "reference" if self.precision == "fp64" else self.form
-
-            def ours() -> Tensor:
-                return torch.stack(list(self.model.loss_sums(batch, impl=impl).values())).sum() / positions.numel()
-
-            return ours
-        ids = batch.input_ids.view(sequences, seqlen)
         compiled = self.compiled if compiled is None else compiled
+        if isinstance(self.model, LanguageModel):
+            return functools.partial(self._our_loss, batch, compiled, positions.numel())
+        ids = batch.input_ids.view(sequences, seqlen)
         if isinstance(self.model, EagerLtgBert):
             eager = self._compiled_call if compiled else self.model
-            return lambda: eager(ids, positions, targets, causal=causal)
+            rows = self.model.bucket_rows(seqlen, str(ids.device))
+            return lambda: eager(ids, positions, targets, rows, causal=causal)
         dense = torch.full_like(batch.input_ids, -100)
         dense[positions] = targets
         stock = self._compiled_call if compiled else functools.partial(hugging_face.loss, self.model)
         return lambda: stock(ids, dense, causal=causal)
+
+    def _our_loss(self, batch: PackedBatch, compiled: bool, labelled: int) -> Tensor:
+        impl = "reference" if self.precision == "fp64" else self.form
+        if compiled:
+            # all rows in every layer: which rows are labelled would be another shape under each objective
+            self.model.hidden_states = self._compiled_body
+            sums = self.model.loss_sums(batch, impl=impl, last_layer_rows=False)
+            del self.model.hidden_states
+        else:
+            sums = self.model.loss_sums(batch, impl=impl)
+        return torch.stack(list(sums.values())).sum() / labelled
+
+    @functools.cached_property
+    def _compiled_body(self) -> Callable[..., Tensor]:
+        return torch.compile(self.model.hidden_states, dynamic=False)
 
     @functools.cached_property
     def _compiled_call(self) -> Callable[..., Tensor]:
@@ -273,6 +277,30 @@ def relative_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
         raise AssertionError(f"no gradient, or a stray one: {sorted(found.keys() ^ exact.keys())[0]}")
     wrong = sum(float((found[name] - exact[name]).double().norm() ** 2) for name in exact)
     return float((wrong / sum(float(gradient.double().norm() ** 2) for gradient in exact.values())) ** 0.5)
+
+
+def fake_loss(config: dict[str, Any], source: str, form: str, objective: str, sequences: int, seqlen: int) -> str:
+    """Shape and device of the loss on a GPU that is not there; see fake_cuda.py."""
+    runner = object.__new__(StepRunner)
+    runner.config = MODEL_CONFIGS[config["architecture"]](**config)
+    runner.source, runner.form, runner.precision, runner.compiled = source, form, "bf16", False
+    real = drawn_batch(runner.config.vocab_size, objective, sequences, seqlen)
+    model = runner._build().requires_grad_(False).eval()
+    with fake_cuda():
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        runner.model = model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        fake = {
+            name: {key: torch.empty(x.shape, dtype=x.dtype, device="cuda") for key, x in held.items()}
+            for name, held in (("labelled", real.labelled), ("targets", real.targets))
+        }
+        whole = {
+            name: torch.empty(getattr(real, name).shape, dtype=getattr(real, name).dtype, device="cuda")
+            for name in ("input_ids", "cu_seqlens", "prefix_len")
+        }
+        runner.batches = {(objective, sequences, seqlen): replace(real, **whole, **fake)}
+        loss = runner._loss_of(objective, sequences, seqlen)()
+        return f"loss {tuple(loss.shape)} {str(loss.dtype).removeprefix('torch.')} on {loss.device.type}"
 
 
 def save_exact(config: dict[str, Any], objective: str, seqlen: int, path: Path) -> None:

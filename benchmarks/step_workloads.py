@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,14 +18,14 @@ from typing import Any
 from harness import Bench, Provider, Row, Told, told, with_extras
 from roofline import step_work
 from sizes import Scene
-from step_runner import drawn_batch, save_exact
+from step_runner import drawn_batch, fake_loss, save_exact
 from surroundings import available_gib
 from workers import MALLOC, Worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way of doing a step; `step_runner.StepRunner` has the fields. malloc: glibc keeps its memory (workers.MALLOC)."""
+    """A way of doing a step; fields as in `step_runner.StepRunner`. malloc: glibc keeps its memory (workers.MALLOC)."""
 
     source: str
     form: str
@@ -50,13 +51,15 @@ VARIANTS: dict[str, Variant] = {
     "antlm_fast": Variant(source="ours", form="auto"),
     "antlm_fast, malloc": Variant(source="ours", form="auto", malloc=True),
     "antlm_fast, no dropout": Variant(source="ours", form="auto", dropout=False),
+    "antlm_fast, compiled": Variant(source="ours", form="auto", compiled=True),
     "LTG-BERT gathered": Variant(source="ltg", form="gathered"),
     "LTG-BERT einsum": Variant(source="ltg", form="einsum"),
     "LTG-BERT gathered, compiled, malloc": Variant(source="ltg", form="gathered", compiled=True, malloc=True),
     **dict(_hugging_face()),
 }
 # memory that must stay free for a further process to be started
-_RESERVE_GIB = 2.0
+_RESERVE_GIB = 3.5
+_SLOW_WEIGHT = 3
 _SAME_WEIGHTS = ("ours", "ltg", "llama")
 
 
@@ -87,6 +90,10 @@ class Stage:
             self.workers[name] = start(self.bench, self.scene, VARIANTS[name])
         return self.workers[name]
 
+    def limit(self) -> float:
+        """Seconds that a single answer may take: a step is not broken off because the suite's end is near."""
+        return max(min(self.bench.left(), 600.0), 30.0)
+
     def key(self, objective: str) -> dict[str, Any]:
         sequences, seqlen = self.scene.batch
         return {"objective": objective, "sequences": sequences, "seqlen": seqlen}
@@ -98,13 +105,13 @@ class Stage:
             raise Told("nothing is compiled at these sizes: it takes half a minute; see --sizes full")
         is_new = name not in self.workers
         worker = self.worker(name)
-        limit = max(min(self.bench.left(), 600.0), 30.0)
+        limit = self.limit()
         found = self.extras.setdefault((objective, name), {})
         first = worker.call("first_step", timeout=limit, **key)
-        if is_new:
+        if is_new:  # later the process is warm, and may hold on to what checks have needed
             found["first_step_s"] = first
-        with suppress(Told):  # a figure beside the time, which not every system can give
-            found["peak_mib"] = worker.call("peak_mib", timeout=limit, **key)
+            with suppress(Told):  # not every system can tell
+                found["peak_mib"] = worker.call("peak_mib", timeout=limit, **key)
         found["gradient_error"] = worker.call("check", timeout=limit, exact=self.exact(variant, objective), **key)
         return functools.partial(worker.call, "step", timeout=limit, **key)
 
@@ -131,8 +138,9 @@ def start(bench: Bench, scene: Scene, variant: Variant) -> Worker:
 
 def train_step(bench: Bench) -> Iterator[list[Row]]:
     """Both objectives of the same model in the same process, and the peers' steps of the same size on the same data."""
-    for scene in bench.sizes.scenes:
-        with Stage(bench, scene) as stage:
+    for number, scene in enumerate(bench.sizes.scenes):
+        own = shared_out(bench, number)
+        with Stage(own, scene) as stage:
             works = {objective: work_of(stage, objective) for objective in scene.objectives}
             providers = [
                 Provider(
@@ -142,12 +150,37 @@ def train_step(bench: Bench) -> Iterator[list[Row]]:
                     amount=scene.batch[0] * scene.batch[1],
                     unit="tokens/s",
                     floor=bench.floor(work, scene.precision),
+                    faces=functools.partial(_faces, stage, name, objective),
+                    rounds=1 if VARIANTS[name].form == "einsum" and scene.batch[1] >= 512 else None,
                 )
                 for objective, work in works.items()
                 for name in scene.variants
             ]
-            rows = bench.measure("train_step", title(scene), providers, rounds=scene.rounds)
+            rows = own.measure("train_step", title(scene), providers, rounds=scene.rounds)
             yield [_with_findings(bench, scene, stage, row) for row in rows]
+
+
+def is_slow(variant: Variant, bench: Bench) -> bool:
+    """To compile a step, or to take the equation as it stands, costs as much as several others together."""
+    return (variant.compiled and bench.sizes.compiled) or variant.form == "einsum"
+
+
+def shared_out(bench: Bench, number: int) -> Bench:
+    """The scene's part of the time that is left; what it does not use goes to those after it."""
+
+    def weight(scene: Scene) -> int:
+        slow = sum(is_slow(VARIANTS[name], bench) for name in scene.variants)
+        return (len(scene.variants) + _SLOW_WEIGHT * slow) * len(scene.objectives)
+
+    weights = [weight(scene) for scene in bench.sizes.scenes]
+    if bench.until == float("inf"):
+        return bench
+    return replace(bench, until=time.monotonic() + bench.left() * weights[number] / sum(weights[number:]))
+
+
+def _faces(stage: Stage, name: str, objective: str) -> str:
+    variant = VARIANTS[name]
+    return fake_loss(asdict(stage.config), variant.source, variant.form, **stage.key(objective))
 
 
 def work_of(stage: Stage, objective: str) -> Any:
@@ -243,13 +276,14 @@ def _first_flip(
     if variant.compiled and not stage.bench.sizes.compiled:
         raise Told("nothing is compiled at these sizes: it takes half a minute; see --sizes full")
     worker = stage.worker(name)
+    limit = stage.limit()
     for _ in range(2):
-        worker.call("step", **stage.key(first))
-    found = worker.call("flips", before=first, steps=1, **stage.key(second))
+        worker.call("step", timeout=limit, **stage.key(first))
+    found = worker.call("flips", timeout=limit, before=first, steps=1, **stage.key(second))
     samples[second, name, _KINDS[2]] += found["seconds"]
     recompiles[name].append(found["recompiles"])
     for objective in (first, second):
-        worker.call("check", exact=stage.exact(variant, objective), **stage.key(objective))
+        worker.call("check", timeout=limit, exact=stage.exact(variant, objective), **stage.key(objective))
 
 
 def _counts(

@@ -140,8 +140,7 @@ def _on_device(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
             shape = [seqs * length if size == 4096 else size for size in value.shape]  # the offline launch's tokens
             arguments[name] = torch.randn(shape, dtype=value.dtype, device="cuda")
     if arguments.get("c2p_ptr") is not None:
-        ends = [*range(17), *(16 + 33 * n for n in range(1, 16))]  # 32 buckets of any width
-        relative = relative_terms(arguments["c2p_ptr"], arguments["p2c_ptr"], ends, length)
+        relative = relative_terms(arguments["c2p_ptr"], arguments["p2c_ptr"], 32, 512, length)
         tables = {"run_starts_ptr": relative.run_starts, "reach": relative.reach, "total_k": seqs * length}
         tables["buckets_ptr"] = relative.buckets if kernel == "dkdv" else relative.mirrored
         arguments |= {name: value for name, value in tables.items() if name in arguments}

@@ -24,13 +24,21 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 KERNELS = ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
 # the model's settings, and how prime is told of them
 MODELS = {
-    "demo": ("hidden_size=128, num_attention_heads=4", "bfloat16", ["--recipe", "demo"]),
+    "demo": ("BabyLlama", "hidden_size=128, num_attention_heads=4", "bfloat16", ["--recipe", "demo"]),
     "demo, float32": (
+        "BabyLlama",
         "hidden_size=128, num_attention_heads=4",
         "float32",
         ["--recipe", "demo", "--precision", "float32"],
     ),
+    "relative positions and dropout": (
+        "LtgBert",
+        "hidden_size=128, num_attention_heads=2",
+        "bfloat16",
+        ["--recipe", "antlm-ltgbert-xs"],
+    ),
     "one head for two of 40": (
+        "BabyLlama",
         "hidden_size=80, num_attention_heads=2, num_key_value_heads=1",
         "bfloat16",
         ["--head-dim", "40", "--heads", "2", "--kv-heads", "1"],
@@ -80,7 +88,7 @@ import torch
 from triton.runtime.jit import JITFunction
 from antlm_fast.kernels.attention import api, attention_varlen, triton_launches
 from antlm_fast.kernels.triton_support.offline import standing_in, target
-from antlm_fast.models import BabyLlama, BabyLlamaConfig
+from antlm_fast.models import {model}, {model}Config
 from antlm_fast.types import Objective, PackedBatch
 
 # as on the GPU, but for the launch itself
@@ -93,7 +101,7 @@ def look_up(self, *arguments, grid, warmup, **named):
 JITFunction.run = look_up
 entries = lambda: len(list(Path(sys.argv[1]).glob("*/__grp__*.json")))
 
-model = BabyLlama(BabyLlamaConfig(vocab_size=50, num_hidden_layers=2, intermediate_size=32, {settings}))
+model = {model}({model}Config(vocab_size=50, num_hidden_layers=2, intermediate_size=32, {settings}))
 autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled={precision!r} == "bfloat16")
 before = entries()
 with standing_in(target("90")):
@@ -109,6 +117,7 @@ with standing_in(target("90")):
             with autocast():
                 loss = model.loss_sums(batch)[Objective.CLM]
             loss.backward()
+    model.eval()
     for causal in (True, False, torch.tensor(True), torch.tensor([True, False, True])):
         with torch.inference_mode(), autocast():
             model(torch.randint(50, (3, 19)), causal=causal)
@@ -124,13 +133,14 @@ print(len(launched), sorted(set(launched)), before, after - before, entries() - 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_models_own_launches_find_what_was_primed(tmp_path: Path, name: str) -> None:
     """Other lengths, batches, numbers of sequences and flags than the ones that were compiled with."""
-    settings, precision, arguments = MODELS[name]
-    primed(tmp_path, "--arch", "90", *arguments)
-    code = STEPS.format(settings=settings, precision=precision)
+    model, settings, precision, arguments = MODELS[name]
+    there = len(primed(tmp_path, "--arch", "90", *arguments)) - 1
+    code = STEPS.format(model=model, settings=settings, precision=precision)
     done = in_new_process(["-c", code, str(tmp_path)], tmp_path)
     # 8 steps of 2 layers and 4 kernels, 4 evaluations of 2 layers, and the one call that was not primed
     launches = 8 * 2 * 4 + 4 * 2 + 1
-    assert done.stdout.strip() == f"{launches} {sorted(KERNELS)} 4 0 1", done.stderr
+    assert there == (5 if model == "LtgBert" else 4)  # evaluation drops nothing
+    assert done.stdout.strip() == f"{launches} {sorted(KERNELS)} {there} 0 1", done.stderr
 
 
 @compiles
@@ -159,6 +169,9 @@ def test_sizes_are_the_recipes() -> None:
     config = get_recipe("antlm-babyllama")
     assert sizes_of(config) == AttentionSizes(head_dim=64, heads=8, kv_heads=8, dtype=torch.bfloat16)
     assert sizes_of(config, "float32").dtype == torch.float32
+    assert sizes_of(get_recipe("ltgbert")) == AttentionSizes(
+        head_dim=64, heads=6, kv_heads=6, dtype=torch.bfloat16, dropout=True, bucket_size=32
+    )
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -61,15 +61,14 @@ def disentangled_attention(
     v: Tensor,
     q_rel: Tensor,
     k_rel: Tensor,
+    rows: Tensor,
     *,
     causal: bool,
     form: str,
-    max_position: int = 512,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """q, k, v (batch, heads, seqlen, head_dim), tables (heads, 2B - 1, head_dim), to q's shape."""
+    """q, k, v (batch, heads, seqlen, head_dim), tables (heads, 2B - 1, head_dim), `bucket_rows`, to q's shape."""
     seqlen, head_dim = q.shape[-2:]
-    rows = bucket_rows(seqlen, (q_rel.shape[1] + 1) // 2, max_position, str(q.device))
     scores = (q @ k.mT + FORMS[form](q, k, q_rel, k_rel, rows)) * (3 * head_dim) ** -0.5
     if causal:
         future = torch.ones(seqlen, seqlen, dtype=torch.bool, device=q.device).triu(1)
@@ -97,14 +96,17 @@ class EagerLtgBert(nn.Module):
         self.head = nn.ModuleDict({"dense": nn.Linear(size, size)})
         self.head.register_parameter("bias", nn.Parameter(torch.zeros(config.vocab_size)))
 
-    def forward(self, ids: Tensor, labelled: Tensor, targets: Tensor, *, causal: bool) -> Tensor:
-        """ids (batch, seqlen); labelled positions among all of them; their targets."""
+    def bucket_rows(self, seqlen: int, device: str) -> Tensor:
+        return bucket_rows(seqlen, self.config.position_bucket_size, self.config.max_position_embeddings, device)
+
+    def forward(self, ids: Tensor, labelled: Tensor, targets: Tensor, rows: Tensor, *, causal: bool) -> Tensor:
+        """ids (batch, seqlen); labelled positions among all of them; their targets; `bucket_rows` of the length."""
         x = self.dropout(self._plain_norm(self.embedding["table"](ids)))
         relative = self.dropout(self.relative["norm"](self.relative["table"].weight))
         for layer in self.layers:
-            x = layer(x, relative, causal)
-        rows = x.flatten(0, 1).index_select(0, labelled)
-        features = self.dropout(self._plain_norm(F.gelu(self.head["dense"](self._plain_norm(rows)))))
+            x = layer(x, relative, rows, causal)
+        read = x.flatten(0, 1).index_select(0, labelled)
+        features = self.dropout(self._plain_norm(F.gelu(self.head["dense"](self._plain_norm(read)))))
         logits = F.linear(features, self.embedding["table"].weight, self.head.bias)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
@@ -118,8 +120,8 @@ class _Layer(nn.Module):
         self.attention = _Attention(config, form)
         self.feed_forward = _FeedForward(config)
 
-    def forward(self, x: Tensor, relative: Tensor, causal: bool) -> Tensor:
-        x = x + self.attention(x, relative, causal)
+    def forward(self, x: Tensor, relative: Tensor, rows: Tensor, causal: bool) -> Tensor:
+        x = x + self.attention(x, relative, rows, causal)
         return x + self.feed_forward(x)
 
 
@@ -135,7 +137,7 @@ class _Attention(nn.Module):
         self.out_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, relative: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, relative: Tensor, rows: Tensor, causal: bool) -> Tensor:
         y = F.layer_norm(x, x.shape[-1:], eps=self.config.layer_norm_eps)
         q, k = self.heads["query_key"](y).chunk(2, dim=-1)
         q_rel, k_rel = self.heads["query_key"](relative).chunk(2, dim=-1)
@@ -150,9 +152,9 @@ class _Attention(nn.Module):
             v,
             q_rel,
             k_rel,
+            rows,
             causal=causal,
             form=self.form,
-            max_position=self.config.max_position_embeddings,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
         )
         return self.dropout(self.out_norm(self.out(context.transpose(-2, -3).flatten(-2))))

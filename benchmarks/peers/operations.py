@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import eager_ltg_bert
 from torch import Tensor
 from torch.nn import functional as F
+
+from peers import eager_ltg_bert
 
 MAX_POSITION = 512
 
@@ -77,11 +78,10 @@ ATTENTION: dict[str, tuple[Callable[..., Tensor], bool]] = {
 def eager_disentangled(
     q: Tensor, k: Tensor, v: Tensor, q_rel: Tensor, k_rel: Tensor, *, causal: bool, form: str
 ) -> Tensor:
+    rows = eager_ltg_bert.bucket_rows(q.shape[1], (q_rel.shape[0] + 1) // 2, MAX_POSITION, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     q_rel, k_rel = (x.transpose(0, 1) for x in (q_rel, k_rel))
-    out = eager_ltg_bert.disentangled_attention(
-        q, k, v, q_rel, k_rel, causal=causal, form=form, max_position=MAX_POSITION
-    )
+    out = eager_ltg_bert.disentangled_attention(q, k, v, q_rel, k_rel, rows, causal=causal, form=form)
     return out.transpose(1, 2)
 
 

@@ -128,8 +128,9 @@ class _Materialised(torch.autograd.Function):
                 lses.append(_lse(s.view(by_head), limits))
             if dropout is not None:
                 kept.append(dropout.kept(seqs, heads).view(p.shape))
-                p = p * kept[-1] * (1.0 / (1.0 - dropout.p))
-            torch.bmm(p, v[part], out=out[part])
+                p = p * _as_numbers(kept[-1], p.dtype)
+            kept_scale = 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
+            torch.baddbmm(out[part], p, v[part], beta=0.0, alpha=kept_scale, out=out[part])
         if keep:
             ctx.save_for_backward(q, k, v, probabilities, torch.cat(kept) if kept else None)
             ctx.softmax_scale, ctx.dropout_p = softmax_scale, 0.0 if dropout is None else dropout.p
@@ -143,7 +144,7 @@ class _Materialised(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, _: Any) -> Any:
         q, k, v, probabilities, kept = ctx.saved_tensors
-        scale = ctx.softmax_scale
+        scale, kept_scale = ctx.softmax_scale, 1.0 / (1.0 - ctx.dropout_p)
         with torch.autocast(q.device.type, enabled=False):
             d_out = _by_kv_head(d_out, ctx.kv_heads)
             d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -154,13 +155,14 @@ class _Materialised(torch.autograd.Function):
                 part = slice(start, min(start + rows, q.shape[0]))
                 p, g = probabilities[part], d_out[part]
                 d_p, d_s = d_p_buffer[: p.shape[0]], d_s_buffer[: p.shape[0]]
-                torch.bmm(g, v[part].mT, out=d_p)
-                if kept is None:
-                    torch.bmm(p.mT, g, out=d_v[part])
-                else:
-                    factor = kept[part] * (1.0 / (1.0 - ctx.dropout_p))
-                    torch.bmm((p * factor).to(p.dtype).mT, g, out=d_v[part])
-                    d_p.mul_(factor)
+                numbers, dropped = None, p
+                if kept is not None:
+                    numbers = _as_numbers(kept[part], p.dtype)
+                    dropped = torch.mul(p, numbers, out=d_s)  # free until later
+                torch.baddbmm(d_v[part], dropped.mT, g, beta=0.0, alpha=kept_scale, out=d_v[part])
+                torch.baddbmm(d_p, g, v[part].mT, beta=0.0, alpha=kept_scale, out=d_p)
+                if numbers is not None:
+                    d_p.mul_(numbers)
                 # one pass with float32 sums; what autograd itself runs for a softmax
                 torch.ops.aten._softmax_backward_data.out(d_p, p, -1, p.dtype, grad_input=d_s)
                 torch.baddbmm(d_q[part], d_s, k[part], beta=0.0, alpha=scale, out=d_q[part])
@@ -181,6 +183,11 @@ def _by_row(x: torch.Tensor, num_seqs: int, heads: int, kv_heads: int) -> torch.
     """The way back, as a view with the strides of (num_seqs, heads, len, head_dim)."""
     length = x.shape[1] // (heads // kv_heads)
     return x.view(num_seqs, heads, length, x.shape[2]).transpose(1, 2)
+
+
+def _as_numbers(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 and 1; from bytes, since bools are converted one at a time."""
+    return kept.view(torch.uint8).to(dtype)
 
 
 def _seqs_at_a_time(q: torch.Tensor, k: torch.Tensor, kv_heads: int) -> int:

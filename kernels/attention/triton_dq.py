@@ -219,8 +219,8 @@ def dq_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_N, False, TABLE_ROWS, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip
     dq, runs = _walk_keys(
-        dq, runs, q, d_out, log2_sums, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, stop_unmasked, stop_col, len_k,
-        scale_log2, seed, packed_rows, head, drop_below, inverse_keep,
+        dq, runs, q, d_out, log2_sums, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, limits, stop_unmasked, stop_col,
+        len_k, scale_log2, seed, packed_rows, head, drop_below, inverse_keep,
         positions, run_starts, c2p_ptrs, p2c_ptr, buckets_ptr, start_k, total_k,
         HEAD_DIM, BLOCK_D, BLOCK_N, True, TABLE_ROWS, DROPOUT, PRECISION, WIDE,
     )  # fmt: skip

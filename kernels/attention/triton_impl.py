@@ -7,8 +7,6 @@ flags' values of the moment. The ops are opaque to torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from antlm_fast.kernels.attention.triton_launches import AttentionLaunches, delta_launch
@@ -102,12 +100,13 @@ def attend(
     slack: bool,
     c2p: torch.Tensor | None = None,
     p2c: torch.Tensor | None = None,
-    bucket_ends: Sequence[int] = (),
+    bucket_size: int = 0,
+    max_position: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention, for other ops too: `slack` is False where no row lies past the last sequence.
 
-    c2p, p2c, bucket_ends: relative terms of the scores, see triton_tables.relative_terms; they need a softmax_scale of
-    at least 0, and heads that are not grouped.
+    c2p, p2c, bucket_size, max_position: relative terms of the scores, see triton_tables.relative_terms; they need a
+    softmax_scale of at least 0, and heads that are not grouped.
     """
     if isinstance(prefix_len, int):
         prefix_len = torch.full((1,), prefix_len, dtype=torch.int32, device=q.device).expand(cu_q.numel() - 1)
@@ -117,8 +116,9 @@ def attend(
     if softmax_scale < 0:  # the kernels scale the maximum, not the scores, which keeps the order only upwards
         q, softmax_scale = -q, -softmax_scale
     out, log2_sums = forward_op(
-        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, c2p, p2c, bucket_ends, softmax_scale, dropout_p, max_q, max_k, slack
-    )
+        q, k, v, cu_q, cu_k, prefix_len, dropout_seed, c2p, p2c, bucket_size, max_position, softmax_scale, dropout_p,
+        max_q, max_k, slack,
+    )  # fmt: skip
     if not return_lse:
         return out, None
     lse = log2_sums.detach() / log2_scale(1.0)
@@ -136,7 +136,8 @@ def forward_op(
     dropout_seed: torch.Tensor | None,
     c2p: torch.Tensor | None,
     p2c: torch.Tensor | None,
-    bucket_ends: Sequence[int],
+    bucket_size: int,
+    max_position: int,
     softmax_scale: float,
     dropout_p: float,
     max_q: int,
@@ -145,7 +146,7 @@ def forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, log2 of the softmax's denominators (heads, total_q): +inf where a row sees no key)."""
     out, log2_sums = _new_forward(q)
-    relative = relative_terms(c2p, p2c, bucket_ends, min(max(max_q, max_k), max(q.shape[0], k.shape[0])))
+    relative = relative_terms(c2p, p2c, bucket_size, max_position, _longest(q, k, max_q, max_k))
     call = AttentionLaunches(
         q, k, v, cu_q, cu_k, prefix_len, dropout_seed, relative, softmax_scale, dropout_p, max_q, max_k, slack
     )
@@ -156,6 +157,11 @@ def forward_op(
 @forward_op.register_fake
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return _new_forward(q)
+
+
+def _longest(q: torch.Tensor, k: torch.Tensor, max_q: int, max_k: int) -> int:
+    """No sequence has more tokens; a caller may name any bound."""
+    return min(max(max_q, max_k), max(q.shape[0], k.shape[0]))
 
 
 def _new_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +199,8 @@ def backward_q_op(
     dropout_seed: torch.Tensor | None,
     c2p: torch.Tensor | None,
     p2c: torch.Tensor | None,
-    bucket_ends: Sequence[int],
+    bucket_size: int,
+    max_position: int,
     softmax_scale: float,
     dropout_p: float,
     max_q: int,
@@ -202,7 +209,7 @@ def backward_q_op(
 ) -> list[torch.Tensor]:
     """The gradients of q and, where it is there, c2p."""
     gradients = _new_backward_q(q, c2p)
-    relative = relative_terms(c2p, p2c, bucket_ends, min(max(max_q, max_k), max(q.shape[0], k.shape[0])))
+    relative = relative_terms(c2p, p2c, bucket_size, max_position, _longest(q, k, max_q, max_k))
     call = AttentionLaunches(
         q, k, v, cu_q, cu_k, prefix_len, dropout_seed, relative, softmax_scale, dropout_p, max_q, max_k, slack
     )
@@ -233,7 +240,8 @@ def backward_kv_op(
     dropout_seed: torch.Tensor | None,
     c2p: torch.Tensor | None,
     p2c: torch.Tensor | None,
-    bucket_ends: Sequence[int],
+    bucket_size: int,
+    max_position: int,
     softmax_scale: float,
     dropout_p: float,
     max_q: int,
@@ -242,7 +250,7 @@ def backward_kv_op(
 ) -> list[torch.Tensor]:
     """The gradients of k, v and, where it is there, p2c."""
     gradients = _new_backward_kv(k, v, p2c)
-    relative = relative_terms(c2p, p2c, bucket_ends, min(max(max_q, max_k), max(q.shape[0], k.shape[0])))
+    relative = relative_terms(c2p, p2c, bucket_size, max_position, _longest(q, k, max_q, max_k))
     call = AttentionLaunches(
         q, k, v, cu_q, cu_k, prefix_len, dropout_seed, relative, softmax_scale, dropout_p, max_q, max_k, slack
     )
@@ -260,14 +268,13 @@ def _new_backward_kv(k: torch.Tensor, v: torch.Tensor, p2c: torch.Tensor | None)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.bucket_ends, ctx.softmax_scale, ctx.dropout_p, ctx.max_q, ctx.max_k, ctx.slack = inputs
+    tensors, ctx.settings = inputs[:9], inputs[9:]
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
     *tensors, out, log2_sums = ctx.saved_tensors
-    settings = (ctx.bucket_ends, ctx.softmax_scale, ctx.dropout_p, ctx.max_q, ctx.max_k, ctx.slack)
-    arguments = (d_out, log2_sums, delta_op(out, d_out), *tensors, *settings)
+    arguments = (d_out, log2_sums, delta_op(out, d_out), *tensors, *ctx.settings)
     wants_q, wants_k, wants_v, *_, wants_c2p, wants_p2c = ctx.needs_input_grad[:9]
     dq = dk = dv = dc2p = dp2c = None
     if wants_q or wants_c2p:
@@ -276,7 +283,7 @@ def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
     if wants_k or wants_v or wants_p2c:
         dk, dv, *rest = backward_kv_op(*arguments)
         dp2c = rest[0] if rest else None
-    return dq, dk, dv, *[None] * 4, dc2p, dp2c, *[None] * 6
+    return dq, dk, dv, *[None] * 4, dc2p, dp2c, *[None] * 7
 
 
 forward_op.register_autograd(_backward, setup_context=_save)

@@ -212,9 +212,14 @@ class AttentionLaunches:
         return Launch(dkdv_kernel, self._key_tiles, arguments, self._tile("dkdv"))
 
     def _backward(self, d_out: torch.Tensor, log2_sums: torch.Tensor, delta: torch.Tensor) -> dict[str, Any]:
-        tensors = {"d_out_ptr": d_out.contiguous(), "log2_sums_ptr": log2_sums, "delta_ptr": delta}
-        tensors["run_starts_ptr"] = self.relative and self.relative.run_starts
-        return {**self.arguments, **tensors, "softmax_scale": self.softmax_scale}
+        return {
+            **self.arguments,
+            "d_out_ptr": d_out.contiguous(),
+            "log2_sums_ptr": log2_sums,
+            "delta_ptr": delta,
+            "run_starts_ptr": self.relative and self.relative.run_starts,
+            "softmax_scale": self.softmax_scale,
+        }
 
     def _row_tiles(self, tile: Tile) -> int:
         return max(-(-self.max_q // tile.block_m), 1) * self.heads * self.sequences
@@ -224,4 +229,11 @@ class AttentionLaunches:
 
     def _tile(self, kernel: str) -> Tile:
         options = f"{' relative' if self.relative else ''}{' dropout' if self.arguments['DROPOUT'] else ''}"
-        return tile_for(f"{kernel} {self.kind}{options}", self.arch, self.head_dim)
+        tile = tile_for(f"{kernel} {self.kind}{options}", self.arch, self.head_dim)
+        # the table's are for 32 buckets; dq holds a number for each row and column of c2p, dkdv for each of p2c
+        times = max(self.relative.table_rows // 64, 1) if self.relative else 1
+        if kernel == "dq":
+            tile = replace(tile, block_m=max(tile.block_m // times, 16))
+        if kernel == "dkdv":
+            tile = replace(tile, block_n=max(tile.block_n // times, 16))
+        return tile

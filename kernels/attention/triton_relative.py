@@ -56,7 +56,7 @@ def first_sums(values, counts, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     The running sums are a product with a triangle of ones where matrix units make it (their factors' dtype is DTYPE).
     """
     LENGTH: tl.constexpr = values.shape[1]
-    if DTYPE == tl.float32 and PRECISION == "ieee":
+    if DTYPE.primitive_bitwidth == 32 and PRECISION == "ieee":
         sums = tl.cumsum(values, 1)
     else:
         at = tl.arange(0, LENGTH)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from antlm_fast.kernels.disentangled_attention.buckets import last_distances
 
 _BEYOND = 2**30  # further than any distance
 
@@ -40,14 +41,13 @@ class RelativeTerms:
 
 
 def relative_terms(
-    c2p: torch.Tensor | None, p2c: torch.Tensor | None, bucket_ends: Sequence[int], longest: int
+    c2p: torch.Tensor | None, p2c: torch.Tensor | None, bucket_size: int, max_position: int, longest: int
 ) -> RelativeTerms | None:
     """The terms with their tables; None if there are none.
 
     Args:
         c2p, p2c: contiguous.
-        bucket_ends: the largest distance of bucket 0, of bucket 1, ..., for all buckets; those without a distance
-            repeat the one before.
+        bucket_size, max_position: as of relative_bucket.
         longest: no sequence has more tokens.
     """
     term = p2c if c2p is None else c2p
@@ -55,7 +55,7 @@ def relative_terms(
         return None
     # a power of two, so that lengths share tables; a tile may pass a sequence's end
     reach = 1 << (longest + 256).bit_length()
-    return RelativeTerms(c2p, p2c, *_tables(tuple(bucket_ends), term.shape[-1], reach, term.device))
+    return RelativeTerms(c2p, p2c, *_tables(bucket_size, max_position, term.shape[-1], reach, term.device))
 
 
 def padded_table_rows(bucket_size: int) -> int:
@@ -65,12 +65,13 @@ def padded_table_rows(bucket_size: int) -> int:
 
 @lru_cache
 def _tables(
-    bucket_ends: tuple[int, ...], rows: int, reach: int, device: torch.device
+    bucket_size: int, max_position: int, rows: int, reach: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     """Buckets, mirrored, run_starts. Made once, and kept for good."""
-    bucket_size, furthest = len(bucket_ends), bucket_ends[-1]
+    furthest = max_position - 1
     near = torch.arange(-furthest, furthest + 1, device="cpu")
-    columns = near.sign() * torch.bucketize(near.abs(), torch.tensor(bucket_ends[:-1], device="cpu")) + bucket_size - 1
+    ends = torch.tensor(last_distances(bucket_size, max_position), device="cpu")
+    columns = near.sign() * torch.bucketize(near.abs(), ends[:-1]) + bucket_size - 1
     starts = torch.searchsorted(columns, torch.arange(rows, device="cpu"))
     run_starts = starts - furthest
     run_starts[starts == 0] = -_BEYOND  # all that is further belongs to the outermost columns

@@ -1,7 +1,7 @@
 """Disentangled attention out of torch's own operations.
 
 On the CPU sequences are grouped by length, as plain attention groups them, and a group's probabilities are kept for
-the backward while one head's score matrix is small (512 KiB: float32 up to 362 tokens, bfloat16 up to 512). Beyond
+the backward while one head's score matrix is small (1 MiB: float32 up to 512 tokens, bfloat16 up to 724). Beyond
 that they are formed again, some query rows at a time, so that memory grows with the length alone.
 
 Elsewhere nothing is read from the device: all sequences are padded to the longest, and queries with positions of their
@@ -17,7 +17,7 @@ from antlm_fast.kernels.disentangled_attention.torch_layout import Packing, devi
 from antlm_fast.kernels.disentangled_attention.torch_scores import Call, run_block
 
 # of one head's scores: from here on they are formed again in the backward
-_MATERIALISED_KIB = 512
+_MATERIALISED_KIB = 1024
 
 
 def disentangled_attention_varlen(
@@ -63,9 +63,10 @@ def disentangled_attention_varlen(
         )
         out, lse = run_block(part_q, part_k, part_v, q_rel, k_rel, call)
         outs.append(out)
-        lses.append(lse)
+        if lse is not None:
+            lses.append(lse)
     out = unpad(torch.cat(outs) if len(outs) > 1 else outs[0], plan.map_q)
-    return out, unpad_lse(torch.cat(lses, 1), plan.map_q) if return_lse else None
+    return out, unpad_lse(torch.cat(lses, 1), plan.map_q) if lses else None
 
 
 def _host_may_read(x: torch.Tensor) -> bool:

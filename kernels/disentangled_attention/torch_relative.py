@@ -1,4 +1,4 @@
-"""The two relative terms of a tile of scores, added to it, and their gradients, folded out of the scores' gradient.
+"""The two relative terms of a tile of scores, and their gradients, folded out of the scores' gradient.
 
 Along a row of scores the table's row depends on the distance alone, which falls by one from key to key. So a table is
 expanded to one row for each distance, a matrix product makes every query's score of every distance, and a view whose
@@ -14,19 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from antlm_fast.kernels.disentangled_attention.buckets import last_distances
 from antlm_fast.kernels.disentangled_attention.torch_layout import Places
 
-# a product of n rows or keys with their distances is n - 1 columns wider than what is shown of it: costly where products
-# are; where matrix units make them, few large ones are quickest
-_SKEWED_ROWS = {torch.bfloat16: 128, torch.float16: 128}
-_SKEWED_ROWS_WIDE = 64
+# rows (or keys) whose products with their distances are formed at once: of n of them n - 1 columns are formed that are
+# not shown, so few in dtypes whose products cost most, and many, up to half of the columns, where matrix units make them
+_WIDE_ROWS, _LEAST_ROWS, _MOST_ROWS = 64, 128, 256
 # columns of a product are a multiple of it
 _COLUMNS = 32
+# of scores at a multiple of this distance in memory, few stay in the nearest cache
+_CONFLICT_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Terms:
         len_q, len_k: the block's sizes.
         places: where the queries are among the keys; positions of their own are for the CPU alone.
         softmax_scale: multiplies the terms.
+        scratch: for what lives within a call.
     """
 
     def __init__(
@@ -84,161 +86,222 @@ class Terms:
         len_k: int,
         places: Places,
         softmax_scale: float,
+        scratch: Scratch,
     ) -> None:
-        self.q_rel, self.k_rel, self.scale = q_rel, k_rel, softmax_scale
-        self.len_q, self.len_k, self.positions = len_q, len_k, places.positions
+        self.q_rel, self.k_rel, self._scale, self._scratch = q_rel, k_rel, softmax_scale, scratch
+        self._len_q, self._len_k, self._positions = len_q, len_k, places.positions
         table = q_rel if k_rel is None else k_rel
         if table is None:
             return
-        self._width = table.shape[1]
-        device, sizes = table.device, (self._width // 2, max_position)
+        self._width, self._dtype = table.shape[1], table.dtype
+        sizes = (self._width // 2, max_position)
         if places.positions is not None:
-            self._rows = _table_rows(torch.arange(1 - len_k, len_k, device=device), *sizes)
-            return
-        key_minus_query = torch.arange(1 - len_q, len_k, device=device)
-        first = places.offset if isinstance(places.offset, int) else places.offset[:, None]
-        # (1 or num_seqs, len_q + len_k - 1): as keys follow one another, and as queries do
-        by_key = _table_rows(first - key_minus_query, *sizes).view(-1, len_q + len_k - 1)
-        no_row = (0, _COLUMNS)
-        self._by_key = torch.nn.functional.pad(by_key, no_row, value=self._width - 1)
-        self._by_query = torch.nn.functional.pad(by_key.flip(-1), no_row, value=self._width - 1)
-        self._step = _SKEWED_ROWS.get(table.dtype, _SKEWED_ROWS_WIDE)
+            self._rows = table_rows(torch.arange(1 - len_k, len_k), *sizes)
+        elif isinstance(places.offset, int) and table.device.type == "cpu":
+            self._by_key, self._by_query = _shared_rows(len_q, len_k, places.offset, *sizes)
+        else:
+            self._by_key, self._by_query = _rows(len_q, len_k, places.offset, *sizes, table.device)
 
-    def add_to(self, s: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tile: Tile, scratch: Scratch) -> float:
-        """Write the terms of a tile to s (heads, num_seqs, rows, stop), of its q and k. The factor of s from here on.
+    def add_to(self, s: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tile: Tile) -> float:
+        """Write the terms of a tile to s (heads, num_seqs, rows, stop), of its q and k; what s counts from here on.
 
         It is 0 if there are no terms: s is uninitialised.
         """
         if self.q_rel is None and self.k_rel is None:
             return 0.0
-        if self.positions is not None:
+        if self._positions is not None:
             self._gather(s, q, k, tile)
             return 1.0
         if self.q_rel is not None:
             for keys, distances in self._key_blocks(tile):
-                by_key = self._products(k[:, :, keys], self._expanded_q_rel, tile, distances, scratch)
+                by_key = self._products(k[:, :, keys], self._expanded_q_rel, tile, distances)
                 # a transposed copy is quick, a transposed addition is not: so this term comes first
                 s[..., keys].copy_(_skewed(by_key, s.shape[2]).mT)
         if self.k_rel is not None:
             for rows, distances in self._row_blocks(tile):
-                by_row = self._products(q[:, :, rows], self._expanded_k_rel, tile, distances, scratch)
+                by_row = self._products(q[:, :, rows], self._expanded_k_rel, tile, distances)
                 part, skewed = s[:, :, rows], _skewed(by_row, tile.stop)
                 part.copy_(skewed) if self.q_rel is None else part.add_(skewed)
         return 1.0
 
-    def fold(self, d_s: torch.Tensor, tile: Tile, scratch: Scratch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradient of each query's products with k_rel, (heads, num_seqs, rows, 2 B), and each key's with q_rel.
+    def fold(
+        self,
+        d_s: torch.Tensor,
+        tile: Tile,
+        d_by_row: torch.Tensor | None,
+        d_by_key: torch.Tensor | None,
+        adding: bool,
+    ) -> None:
+        """Write a tile's part of the gradient of each query's product with k_rel, and of each key's with q_rel.
 
-        Unscaled; each is None where its term is left out.
+        Args:
+            d_s: (heads, num_seqs, rows, stop).
+            tile: the tile.
+            d_by_row: (heads, num_seqs, rows, 2 B), unscaled; None if k_rel is.
+            d_by_key: (heads, num_seqs, stop, 2 B), unscaled; None if q_rel is.
+            adding: whether d_by_key holds the parts of other tiles already.
         """
-        if self.positions is not None:
-            return self._scatter(d_s, tile)
-        d_by_row, d_by_key = [], []
-        if self.k_rel is not None:
+        if self._positions is not None:
+            self._scatter(d_s, tile, d_by_row, d_by_key, adding)
+            return
+        if d_by_row is not None:
             for rows, distances in self._row_blocks(tile):
-                d_by_row.append(self._folded(d_s[:, :, rows], self._one_hot_by_key, tile, distances, scratch))
-        if self.q_rel is not None:
+                self._fold(d_s[:, :, rows], self._one_hot_by_key, tile, distances, d_by_row[:, :, rows], False)
+        if d_by_key is not None:
             for keys, distances in self._key_blocks(tile):
-                d_by_key.append(self._folded(d_s[..., keys].mT, self._one_hot_by_query, tile, distances, scratch))
-        return _joined(d_by_row), _joined(d_by_key)
+                part = self._transposable(d_s[..., keys]).mT
+                self._fold(part, self._one_hot_by_query, tile, distances, d_by_key[:, :, keys], adding)
+
+    def _step(self, columns: int) -> int:
+        return _WIDE_ROWS if self._dtype.itemsize > 2 else min(max(_LEAST_ROWS, columns // 2), _MOST_ROWS)
 
     def _row_blocks(self, tile: Tile) -> Iterator[tuple[slice, slice]]:
         """Runs of a tile's rows, and their distances in the order of the keys."""
-        for start in range(tile.rows.start, tile.rows.stop, self._step):
-            stop = min(start + self._step, tile.rows.stop)
-            first = self.len_q - stop
+        step = self._step(tile.stop)
+        for start in range(tile.rows.start, tile.rows.stop, step):
+            stop = min(start + step, tile.rows.stop)
+            first = self._len_q - stop
             width = _rounded_up(stop - start + tile.stop - 1)
             yield slice(start - tile.rows.start, stop - tile.rows.start), slice(first, first + width)
 
     def _key_blocks(self, tile: Tile) -> Iterator[tuple[slice, slice]]:
         """Runs of a tile's keys, and their distances in the order of the queries."""
-        for start in range(0, tile.stop, self._step):
-            stop = min(start + self._step, tile.stop)
-            first = self.len_k - stop + tile.rows.start
+        step = self._step(tile.rows.stop - tile.rows.start)
+        for start in range(0, tile.stop, step):
+            stop = min(start + step, tile.stop)
+            first = self._len_k - stop + tile.rows.start
             width = _rounded_up(stop - start + tile.rows.stop - tile.rows.start - 1)
             yield slice(start, stop), slice(first, first + width)
 
     @cached_property
     def _expanded_k_rel(self) -> torch.Tensor:
+        assert self.k_rel is not None
         return _expanded(self.k_rel, self._by_key)
 
     @cached_property
     def _expanded_q_rel(self) -> torch.Tensor:
+        assert self.q_rel is not None
         return _expanded(self.q_rel, self._by_query)
 
     @cached_property
     def _one_hot_by_key(self) -> torch.Tensor:
-        return _one_hot(self._by_key, self._width, self.k_rel.dtype)
+        return _one_hot(self._by_key, self._width, self._dtype)
 
     @cached_property
     def _one_hot_by_query(self) -> torch.Tensor:
-        return _one_hot(self._by_query, self._width, self.q_rel.dtype)
+        return _one_hot(self._by_query, self._width, self._dtype)
 
-    def _products(
-        self, x: torch.Tensor, table: torch.Tensor, tile: Tile, distances: slice, scratch: Scratch
-    ) -> torch.Tensor:
+    def _products(self, x: torch.Tensor, table: torch.Tensor, tile: Tile, distances: slice) -> torch.Tensor:
         """(heads, num_seqs, rows, distances): each row of x with the table's row of each distance, scaled."""
         heads, num_seqs, rows, head_dim = x.shape
         table = table[tile.heads, tile.seqs if table.shape[1] > 1 else slice(None), :, distances]
-        found = scratch.take("products", heads, num_seqs, rows, table.shape[3])
-        batch = heads * table.shape[1]
-        table, x = table.flatten(0, 1), x.reshape(batch, -1, head_dim)
-        out = found.view(batch, x.shape[1], table.shape[2])
-        torch.baddbmm(out, x, table, beta=0.0, alpha=self.scale, out=out)
+        found = self._scratch.take("products", heads, num_seqs, rows, table.shape[3])
+        table = table.flatten(0, 1)
+        x = x.reshape(table.shape[0], -1, head_dim)
+        out = found.view(*x.shape[:2], -1)
+        torch.baddbmm(out, x, table, beta=0.0, alpha=self._scale, out=out)
         return found
 
-    def _folded(
-        self, part: torch.Tensor, one_hot: torch.Tensor, tile: Tile, distances: slice, scratch: Scratch
-    ) -> torch.Tensor:
-        """(heads, num_seqs, rows, 2 B) of (heads, num_seqs, rows, n): the sums of what shares a bucket."""
+    def _fold(
+        self,
+        part: torch.Tensor,
+        one_hot: torch.Tensor,
+        tile: Tile,
+        distances: slice,
+        into: torch.Tensor,
+        adding: bool,
+    ) -> None:
+        """Write to `into` (heads, num_seqs, rows, 2 B) the sums of what shares a bucket in (.., rows, n)."""
         width = distances.stop - distances.start
-        wide = scratch.take_zeroed("by distance", *part.shape[:3], width)
+        wide = self._scratch.take_zeroed("by distance", *part.shape[:3], width)
         _skewed(wide, part.shape[3]).copy_(part)
         if one_hot.shape[0] == 1:
-            return (wide.view(-1, width) @ one_hot[0, distances]).view(*part.shape[:3], -1)
-        return wide @ one_hot[tile.seqs, distances]
+            folded = wide.view(-1, width) @ one_hot[0, distances]
+        else:
+            folded = wide @ one_hot[tile.seqs, distances]
+        folded = folded.view(into.shape)
+        into.add_(folded) if adding else into.copy_(folded)
+
+    def _transposable(self, part: torch.Tensor) -> torch.Tensor:
+        """A copy whose rows do not share cache sets, if `part`'s do; reading it across the rows is twice as fast."""
+        if part.stride(2) * part.element_size() % _CONFLICT_BYTES:
+            return part
+        found = self._scratch.take("transposable", *part.shape[:3], part.shape[3] + 16)
+        return found[..., : part.shape[3]].copy_(part)
 
     def _index(self, tile: Tile, shape: torch.Size) -> torch.Tensor:
         """The table's row of each query and key, as scores of all heads."""
-        positions = self.positions[tile.seqs, tile.rows]
-        distances = positions[..., None] - torch.arange(tile.stop, device=positions.device)
-        return self._rows[distances + (self.len_k - 1)].expand(shape)
+        assert self._positions is not None
+        positions = self._positions[tile.seqs, tile.rows]
+        distances = positions[..., None] - torch.arange(tile.stop)
+        return self._rows[distances + (self._len_k - 1)].expand(shape)
 
     def _gather(self, s: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tile: Tile) -> None:
         index = self._index(tile, s.shape)
         parts = []
         if self.k_rel is not None:
-            parts.append((q * self.scale @ self.k_rel[tile.heads, None].mT).gather(-1, index))
+            parts.append((q * self._scale @ self.k_rel[tile.heads, None].mT).gather(-1, index))
         if self.q_rel is not None:
-            parts.append((self.q_rel[tile.heads, None] @ (k * self.scale).mT).gather(-2, index))
+            parts.append((self.q_rel[tile.heads, None] @ (k * self._scale).mT).gather(-2, index))
         s.copy_(parts[0]) if len(parts) == 1 else torch.add(*parts, out=s)
 
-    def _scatter(self, d_s: torch.Tensor, tile: Tile) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _scatter(
+        self,
+        d_s: torch.Tensor,
+        tile: Tile,
+        d_by_row: torch.Tensor | None,
+        d_by_key: torch.Tensor | None,
+        adding: bool,
+    ) -> None:
         index = self._index(tile, d_s.shape)
         heads, num_seqs, rows, keys = d_s.shape
-        d_by_row = d_by_key = None
         # one thread has a whole row (or key), so that the order of the sums is always the same
         wide = d_s.to(torch.promote_types(d_s.dtype, torch.float32))
-        if self.k_rel is not None:
-            d_by_row = wide.new_zeros(heads, num_seqs, rows, self._width).scatter_add_(-1, index, wide)
-        if self.q_rel is not None:
-            d_by_key = wide.new_zeros(heads, num_seqs, self._width, keys).scatter_add_(-2, index, wide).mT
-        return d_by_row, d_by_key
+        if d_by_row is not None:
+            d_by_row.copy_(wide.new_zeros(heads, num_seqs, rows, self._width).scatter_add_(-1, index, wide))
+        if d_by_key is not None:
+            folded = wide.new_zeros(heads, num_seqs, self._width, keys).scatter_add_(-2, index, wide).mT
+            d_by_key.add_(folded) if adding else d_by_key.copy_(folded)
 
 
-def _table_rows(distances: torch.Tensor, bucket_size: int, max_position: int) -> torch.Tensor:
-    """The row of a table for each distance: bucket + bucket_size - 1."""
+def table_rows(distances: torch.Tensor, bucket_size: int, max_position: int) -> torch.Tensor:
+    """bucket + bucket_size - 1 of each distance, as relative_bucket; unlike it, this stalls no device."""
     ends = last_distances(bucket_size, max_position)[:-1]
-    near = min(bucket_size // 2 + 1, len(ends))
-    # filled on the device: a copy from the host can stall. Near distances are buckets of their own
-    far = [torch.full((1,), end, device=distances.device) for end in ends[near:]]
-    all_ends = torch.cat([torch.arange(near, device=distances.device), *far])
+    if distances.device.type == "cpu":
+        all_ends = torch.tensor(ends)
+    else:
+        # a copy from the host can stall: the ends are filled in. Near distances are buckets of their own
+        near = min(bucket_size // 2 + 1, len(ends))
+        far = [torch.full((1,), end, device=distances.device) for end in ends[near:]]
+        all_ends = torch.cat([torch.arange(near, device=distances.device), *far])
     return torch.sign(distances) * torch.bucketize(distances.abs(), all_ends) + (bucket_size - 1)
+
+
+@lru_cache(maxsize=16)
+def _shared_rows(
+    len_q: int, len_k: int, offset: int, bucket_size: int, max_position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """_rows of one offset for all sequences; every layer of a step asks for the same."""
+    return _rows(len_q, len_k, offset, bucket_size, max_position, torch.device("cpu"))
+
+
+def _rows(
+    len_q: int, len_k: int, offset: int | torch.Tensor, bucket_size: int, max_position: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table's row of every distance, (1 or num_seqs, len_q + len_k - 1 and more): as keys follow one another, and
+    as queries do. The further ones, which let columns be rounded up, are the row of no bucket."""
+    key_minus_query = torch.arange(1 - len_q, len_k, device=device)
+    first = offset if isinstance(offset, int) else offset[:, None]
+    by_key = table_rows(first - key_minus_query, bucket_size, max_position).view(-1, len_q + len_k - 1)
+    none = by_key.new_full((by_key.shape[0], _COLUMNS), 2 * bucket_size - 1)
+    return torch.cat([by_key, none], 1), torch.cat([by_key.flip(-1), none], 1)
 
 
 def _expanded(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """(heads, 1 or num_seqs, head_dim, distances) of a table (heads, 2 B, head_dim)."""
-    return table.mT[:, :, rows].transpose(1, 2)
+    if rows.shape[0] == 1:
+        return table.index_select(1, rows[0])[:, None].mT.contiguous()
+    return table[:, rows].mT
 
 
 def _one_hot(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -252,12 +315,6 @@ def _skewed(wide: torch.Tensor, shown: int) -> torch.Tensor:
     heads, num_seqs, rows, width = wide.shape
     strides = (*wide.stride()[:2], width - 1, 1)
     return wide.as_strided((heads, num_seqs, rows, shown), strides, wide.storage_offset() + rows - 1)
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _rounded_up(width: int) -> int:

@@ -13,7 +13,6 @@ import torch
 
 from antlm_fast.kernels.attention.triton_impl import attend
 from antlm_fast.kernels.attention.triton_tables import padded_table_rows
-from antlm_fast.kernels.disentangled_attention.buckets import last_distances
 
 
 def disentangled_attention_varlen(
@@ -40,8 +39,8 @@ def disentangled_attention_varlen(
     places = None
     if positions_q is not None:
         if k.shape[0] == 0:  # every row is slack
-            lse = q.detach().new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
-            return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0.0), lse if return_lse else None
+            no_sums = q.detach().new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+            return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0.0), no_sums if return_lse else None
         places = _places(positions_q, cu_q, cu_k, k.shape[0])
         q = q.new_zeros(k.shape[0] + 1, *q.shape[1:]).index_copy(0, places, q)[:-1]
         cu_q, max_seqlen_q = cu_k, max_seqlen_k
@@ -64,7 +63,8 @@ def disentangled_attention_varlen(
         slack=True,
         c2p=None if k_rel is None else relative_products_op(q, k_rel, cu_q),
         p2c=None if q_rel is None else relative_products_op(k, q_rel, cu_k),
-        bucket_ends=() if table is None else _bucket_ends(table, max_position),
+        bucket_size=0 if table is None else (table.shape[0] + 1) // 2,
+        max_position=max_position,
     )
     if places is None:
         return out, lse
@@ -82,12 +82,6 @@ def _places(positions_q: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, t
     return torch.where(rows < cu_q[-1], cu_k[seq] + positions_q, total_k).long()
 
 
-def _bucket_ends(table: torch.Tensor, max_position: int) -> list[int]:
-    bucket_size = (table.shape[0] + 1) // 2
-    ends = last_distances(bucket_size, max_position)
-    return [*ends, *[ends[-1]] * (bucket_size - len(ends))]
-
-
 @torch.library.custom_op("antlm_fast::relative_products", mutates_args=())
 def relative_products_op(x: torch.Tensor, table: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
     """(heads, total, table rows, padded): each row of x times each row of the table; the padding's columns are 0.
@@ -102,7 +96,8 @@ def relative_products_op(x: torch.Tensor, table: torch.Tensor, cu: torch.Tensor)
 
 @relative_products_op.register_fake
 def _(x, table, cu):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[1], x.shape[0], padded_table_rows((table.shape[0] + 1) // 2))
+    rows = int(table.shape[0])  # one size of table is one graph
+    return x.new_empty(x.shape[1], x.shape[0], padded_table_rows((rows + 1) // 2))
 
 
 @torch.library.custom_op("antlm_fast::relative_products_backward", mutates_args=())

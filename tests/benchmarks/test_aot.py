@@ -243,12 +243,21 @@ def test_every_shipped_configuration_is_there_once(compiling):
     assert len(names) == len(set(names))
     assert {"sm_90 half 64 forward dropout", "gfx942 ieee 256 dkdv", "sm_80 half 80 dq"} < set(names)
     assert {"sm_100 half 128 dkdv float16", "sm_120 tf32 16 forward", "sm_89 ieee 32 delta"} < set(names)
+    assert {
+        "sm_90 half 64 dkdv relative dropout",
+        "gfx942 half 32 dq relative",
+        "sm_80 ieee 64 forward relative",
+    } < set(names)
     assert not any(name.startswith("gfx942 tf32") for name in names)
     assert len(compiling.comparison_cases()) == 6 * 2 * 3
     float16 = compiling.launch_of(compiling.Config("sm_90", "half", 64, "forward", "float16"))
     assert str(float16.arguments["q_ptr"].dtype) == "torch.float16"
     dropout = compiling.launch_of(compiling.Config("sm_90", "half", 64, "forward", "dropout"))
     assert dropout.arguments["DROPOUT"] is True
+    assert dropout.arguments["c2p_ptr"] is None
+    relative = compiling.launch_of(compiling.Config("sm_90", "half", 64, "dq", "relative dropout"))
+    assert relative.arguments["DROPOUT"] is True
+    assert relative.arguments["TABLE_ROWS"] == 64
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])

@@ -72,9 +72,9 @@ def _op_arguments(dropout_p: float, case: str) -> tuple[Any, ...]:
         q, k, v = torch.stack((q, k, v), 1).unbind(1)
         prefix = prefix[:1].expand(2)
     terms = (torch.randn(2, TOTAL, 16), torch.randn(2, TOTAL, 16)) if case == "relative" else (None, None)
-    ends = [0, 1, 2, 5] if case == "relative" else []
+    sizes = (4, 6) if case == "relative" else (0, 0)
     seed = torch.tensor(11) if dropout_p else None
-    return q, k, v, _starts(), _starts(), prefix, seed, *terms, ends, 0.25, dropout_p, 9, 9, True
+    return q, k, v, _starts(), _starts(), prefix, seed, *terms, *sizes, 0.25, dropout_p, 9, 9, True
 
 
 OPS = ("forward_op", "delta_op", "backward_q_op", "backward_kv_op")

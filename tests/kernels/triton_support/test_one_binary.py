@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from antlm_fast.kernels.attention import api, attention, attention_varlen
+from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -130,3 +131,27 @@ def test_another_dtype_is_another_binary(binaries: Binaries) -> None:
         with torch.no_grad():
             attention(*(x[None] for x in _inputs(16, 1, 1, dtype)), causal=True, impl="triton")
     assert binaries.counts() == [2, 0, 0, 0]
+
+
+def test_relative_terms_are_one_binary_more_for_all_lengths_and_flags(binaries: Binaries) -> None:
+    def step(lengths: tuple[int, ...], heads: int, slack: int = 0, max_position: int = 64, **options: Any) -> None:
+        inputs = _inputs(sum(lengths) + slack, heads, heads)
+        tables = torch.zeros(2, 31, heads, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
+        starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        longest = max(lengths)
+        out = disentangled_attention_varlen(
+            *inputs, *tables, starts, starts, longest, longest, max_position=max_position, impl="triton", **options
+        )
+        torch.autograd.grad(out, (*inputs, tables), torch.zeros_like(out))
+
+    for lengths in BATCHES:
+        for flags in _flags(len(lengths)):
+            step(lengths, 4, **flags)
+    for heads in (1, 2, 16):
+        step((7, 32), heads, slack=heads, causal=True, softmax_scale=-0.5)
+    for max_position in (17, 65, 512):
+        step((7, 900), 4, max_position=max_position, causal=False)
+    assert binaries.counts() == [1, 1, 1, 1]
+    assert [len(getattr(triton_launches, name).device_caches[0][0]) for name in KERNELS] == [1, 1, 1, 1]
+    _train_step((7, 32), 4, 4, causal=True)
+    assert binaries.counts() == [2, 1, 2, 2]
