@@ -61,10 +61,11 @@ writes with care in plain torch, "einsum" the equation as it stands. Stock model
 NOT_MEASURED = """\
 ## What was not measured
 
-* No GPU: `--device cuda` (events, cache flushes, CUDA-graph replays) was run on fake tensors alone.
-* More than one machine, more threads than the tables name, several processes training together.
+{gpu}* More than one machine, more threads than the tables name, several processes training together.
 * Quality: a step is judged by its gradients; what training reaches is in [results.md](results.md).
 """
+
+NO_GPU = "* No GPU: `--device cuda` (events, cache flushes, CUDA-graph replays) was run on fake tensors alone.\n"
 
 _TITLES = {
     "attention": "Attention, forward and backward",
@@ -92,7 +93,9 @@ def document(files: Mapping[str, Mapping[str, Any]], folder: str = "../benchmark
         parts.append("No result has been committed yet.\n")
     peers = str(hugging_face.__doc__).partition("\n\n")[2].strip()
     indented = "\n".join(f"    {line}".rstrip() for line in peers.splitlines())
-    return "\n".join([*parts, PEERS + indented + "\n", NOT_MEASURED])
+    devices = {record["environment"]["device"] for suites in files.values() for record in suites.values()}
+    gaps = NOT_MEASURED.format(gpu="" if "cuda" in devices else NO_GPU)
+    return "\n".join([*parts, PEERS + indented + "\n", gaps])
 
 
 def machine(suites: Mapping[str, Any]) -> Iterator[str]:

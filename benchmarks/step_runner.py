@@ -285,7 +285,8 @@ def fake_loss(config: dict[str, Any], source: str, form: str, objective: str, se
     runner.config = MODEL_CONFIGS[config["architecture"]](**config)
     runner.source, runner.form, runner.precision, runner.compiled = source, form, "bf16", False
     real = drawn_batch(runner.config.vocab_size, objective, sequences, seqlen)
-    model = runner._build().requires_grad_(False).eval()
+    with torch.device("meta"):  # nothing is drawn: only shapes matter
+        model = runner._build().requires_grad_(False).eval()
     with fake_cuda():
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         runner.model = model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))

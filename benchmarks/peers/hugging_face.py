@@ -6,7 +6,7 @@ Llama       nothing: our BabyLlama's weights are loaded, logits and gradients ar
 GPT-2       learned positions, LayerNorm with biases, biases everywhere, an ungated feed-forward of 1.5 times the width
             (the same number of weights in its matrices as a gated one); dropout off, as BabyLlama has none.
 BERT        learned positions and token types, post-norm, an ungated feed-forward of 1.5 times the width, dropout 0.1 as
-            LTG-BERT; its attention is plain, so it does two thirds of LTG-BERT's products of scores, and no buckets.
+            LTG-BERT; its attention is plain, without relative terms.
 ModernBERT  RoPE instead of relative buckets, local windows of 128 in two layers of three, no dropout: less attention
             work than LTG-BERT; the same gated feed-forward.
 All compute the logits of every position, as their `forward` does, and take the loss in float32.

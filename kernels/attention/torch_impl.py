@@ -23,6 +23,7 @@ from antlm_fast.kernels.attention.torch_rows import (
     nothing_to_see,
     packed_rows,
     pad,
+    parts,
     unpad,
     unpad_lse,
 )
@@ -106,7 +107,7 @@ def _run(
     outs, lses = [], []
     first_q = 0
     for block, part_q, part_k, part_v in zip(
-        plan.blocks, q.split(sizes_q), k.split(sizes_k), v.split(sizes_k), strict=True
+        plan.blocks, parts(q, sizes_q), parts(k, sizes_k), parts(v, sizes_k), strict=True
     ):
         rows_q = None
         if dropout_seed is not None:

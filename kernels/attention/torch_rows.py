@@ -30,6 +30,11 @@ def packed_rows(row_map: RowMap | None, first: int, block: Block, device: torch.
     return rows.view(block.num_seqs, block.len_q)
 
 
+def parts(x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    """x in runs of rows; all of it as it is where one run is all, or its gradient would be copied."""
+    return (x,) if sizes == [x.shape[0]] else x.split(sizes)
+
+
 def is_trivial(plan: Plan) -> bool:
     """Whether one block holds all rows where they lie."""
     return plan.map_q is None and plan.map_k is None and len(plan.blocks) == 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from antlm_fast.kernels.attention.torch_rows import no_lse, nothing_to_see, pad, unpad, unpad_lse
+from antlm_fast.kernels.attention.torch_rows import no_lse, nothing_to_see, pad, parts, unpad, unpad_lse
 from antlm_fast.kernels.disentangled_attention.torch_layout import Packing, device_layout, host_layout
 from antlm_fast.kernels.disentangled_attention.torch_scores import Call, run_block
 
@@ -51,11 +51,11 @@ def disentangled_attention_varlen(
         return nothing_to_see(q, k, v, q_rel, k_rel), no_lse(q, (heads, total_q)) if return_lse else None
     q = _cleared(pad(q, plan.map_q), layout.real_q)
     k, v = (_cleared(pad(x, plan.map_k), layout.real_k) for x in (k, v))
-    parts_q = q.split([block.num_seqs * block.len_q for block in plan.blocks])
-    parts_k, parts_v = (x.split([block.num_seqs * block.len_k for block in plan.blocks]) for x in (k, v))
+    sizes_q = [block.num_seqs * block.len_q for block in plan.blocks]
+    sizes_k = [block.num_seqs * block.len_k for block in plan.blocks]
     outs, lses = [], []
     for block, places, part_q, part_k, part_v in zip(
-        plan.blocks, layout.places, parts_q, parts_k, parts_v, strict=True
+        plan.blocks, layout.places, parts(q, sizes_q), parts(k, sizes_k), parts(v, sizes_k), strict=True
     ):
         keep = block.len_q * block.len_k <= _max_scores(q)
         call = Call(

@@ -21,9 +21,9 @@ import torch
 from antlm_fast.kernels.disentangled_attention.buckets import last_distances
 from antlm_fast.kernels.disentangled_attention.torch_layout import Places
 
-# rows (or keys) whose products with their distances are formed at once: of n of them n - 1 columns are formed that are
-# not shown, so few in dtypes whose products cost most, and many, up to half of the columns, where matrix units make them
-_WIDE_ROWS, _LEAST_ROWS, _MOST_ROWS = 64, 128, 256
+# rows (or keys) whose products with their distances are formed at once, by the size of a dtype: of n of them n - 1
+# columns are formed that are not shown, so few where products cost most, and more where matrix units make them
+_LEAST_ROWS = {2: 128, 4: 64, 8: 64}
 # columns of a product are a multiple of it
 _COLUMNS = 32
 # of scores at a multiple of this distance in memory, few stay in the nearest cache
@@ -48,11 +48,11 @@ class Scratch:
         self._held: dict[str, torch.Tensor] = {}
         self._zeroed: dict[str, tuple[int, ...]] = {}
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """Uninitialised memory of q's dtype; what was last taken by that name is no longer used."""
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialised memory, of q's dtype if none is given; what was last taken by that name is no longer used."""
         size = math.prod(shape)
         if name not in self._held or self._held[name].numel() < size:
-            self._held[name] = self._like.new_empty(size)
+            self._held[name] = self._like.new_empty(size, dtype=dtype)
             self._zeroed.pop(name, None)
         return self._held[name][:size].view(shape)
 
@@ -91,10 +91,11 @@ class Terms:
         self.q_rel, self.k_rel, self._scale, self._scratch = q_rel, k_rel, softmax_scale, scratch
         self._len_q, self._len_k, self._positions = len_q, len_k, places.positions
         table = q_rel if k_rel is None else k_rel
+        self.width = 0
         if table is None:
             return
-        self._width, self._dtype = table.shape[1], table.dtype
-        sizes = (self._width // 2, max_position)
+        self.width, self._dtype = table.shape[1], table.dtype
+        sizes = (self.width // 2, max_position)
         if places.positions is not None:
             self._rows = table_rows(torch.arange(1 - len_k, len_k), *sizes)
         elif isinstance(places.offset, int) and table.device.type == "cpu":
@@ -153,7 +154,8 @@ class Terms:
                 self._fold(part, self._one_hot_by_query, tile, distances, d_by_key[:, :, keys], adding)
 
     def _step(self, columns: int) -> int:
-        return _WIDE_ROWS if self._dtype.itemsize > 2 else min(max(_LEAST_ROWS, columns // 2), _MOST_ROWS)
+        least = _LEAST_ROWS[self._dtype.itemsize]
+        return min(max(least, columns * least // 256), 2 * least)
 
     def _row_blocks(self, tile: Tile) -> Iterator[tuple[slice, slice]]:
         """Runs of a tile's rows, and their distances in the order of the keys."""
@@ -185,11 +187,11 @@ class Terms:
 
     @cached_property
     def _one_hot_by_key(self) -> torch.Tensor:
-        return _one_hot(self._by_key, self._width, self._dtype)
+        return _one_hot(self._by_key, self.width, self._dtype)
 
     @cached_property
     def _one_hot_by_query(self) -> torch.Tensor:
-        return _one_hot(self._by_query, self._width, self._dtype)
+        return _one_hot(self._by_query, self.width, self._dtype)
 
     def _products(self, x: torch.Tensor, table: torch.Tensor, tile: Tile, distances: slice) -> torch.Tensor:
         """(heads, num_seqs, rows, distances): each row of x with the table's row of each distance, scaled."""
@@ -238,12 +240,14 @@ class Terms:
 
     def _gather(self, s: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tile: Tile) -> None:
         index = self._index(tile, s.shape)
-        parts = []
+        found = []
         if self.k_rel is not None:
-            parts.append((q * self._scale @ self.k_rel[tile.heads, None].mT).gather(-1, index))
+            by_row = self._products(q, self.k_rel.mT[:, None], tile, slice(0, self.width))
+            found.append(by_row.gather(-1, index))
         if self.q_rel is not None:
-            parts.append((self.q_rel[tile.heads, None] @ (k * self._scale).mT).gather(-2, index))
-        s.copy_(parts[0]) if len(parts) == 1 else torch.add(*parts, out=s)
+            by_key = self._products(k, self.q_rel.mT[:, None], tile, slice(0, self.width))
+            found.append(by_key.mT.gather(-2, index))
+        s.copy_(found[0]) if len(found) == 1 else torch.add(*found, out=s)
 
     def _scatter(
         self,
@@ -256,12 +260,15 @@ class Terms:
         index = self._index(tile, d_s.shape)
         heads, num_seqs, rows, keys = d_s.shape
         # one thread has a whole row (or key), so that the order of the sums is always the same
-        wide = d_s.to(torch.promote_types(d_s.dtype, torch.float32))
+        dtype = torch.promote_types(d_s.dtype, torch.float32)
+        wide = d_s.to(dtype)
         if d_by_row is not None:
-            d_by_row.copy_(wide.new_zeros(heads, num_seqs, rows, self._width).scatter_add_(-1, index, wide))
+            sums = self._scratch.take("sums", heads, num_seqs, rows, self.width, dtype=dtype).zero_()
+            d_by_row.copy_(sums.scatter_add_(-1, index, wide))
         if d_by_key is not None:
-            folded = wide.new_zeros(heads, num_seqs, self._width, keys).scatter_add_(-2, index, wide).mT
-            d_by_key.add_(folded) if adding else d_by_key.copy_(folded)
+            sums = self._scratch.take("sums", heads, num_seqs, keys, self.width, dtype=dtype).zero_()
+            sums.mT.scatter_add_(-2, index, wide)
+            d_by_key.add_(sums) if adding else d_by_key.copy_(sums)
 
 
 def table_rows(distances: torch.Tensor, bucket_size: int, max_position: int) -> torch.Tensor:

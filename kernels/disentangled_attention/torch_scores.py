@@ -203,8 +203,9 @@ class _Run:
             return
         size = _TILE_KIB * 2**10 // self.q.element_size()
         if self.call.keep:
-            # whole score matrices
-            count = max(1, size // (len_q * len_k)) if self.call.on_host else heads * num_seqs
+            # whole score matrices; of few rows, as many as a key's products with a table
+            rows = len_q if self.call.places.positions is None else max(len_q, 2 * self.terms.width)
+            count = max(1, size // (rows * len_k)) if self.call.on_host else heads * num_seqs
             seqs, some_heads, rows = min(count, num_seqs), max(1, count // num_seqs), len_q
         elif self.call.on_host:
             seqs, rows = 1, min(len_q, _LONG_ROWS)
