@@ -28,6 +28,8 @@ TTSEM := ttsem==0.1.0
 # what the Triton kernels' sources are tested by, in a process whose Triton interprets
 INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_properties.py \
   tests/kernels/test_linear_cross_entropy.py tests/kernels/test_triton_cross_entropy.py \
+  tests/kernels/test_disentangled_attention.py tests/kernels/test_disentangled_attention_properties.py \
+  tests/kernels/test_triton_relative.py tests/kernels/test_triton_relative_mutants.py \
   tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
   tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
 

@@ -180,9 +180,26 @@ def _bert_config(values: dict[str, Any], path: Path) -> ModelConfig:
 def _config_of(kind: type[ModelConfig], values: Mapping[str, Any], path: Path) -> ModelConfig:
     known = {field.name for field in fields(kind)}
     try:
-        return kind(**{name: value for name, value in values.items() if name in known})
-    except (TypeError, ValueError) as error:
+        return checked_config(kind, {name: value for name, value in values.items() if name in known})
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def checked_config(kind: type[ModelConfig], values: Mapping[str, Any]) -> ModelConfig:
+    """The config of values that were read from a file, where a number may be a text.
+
+    Raises:
+        InputError: a value is no number where one is wanted, or the config refuses it.
+    """
+    for field in fields(kind):
+        value = values.get(field.name, field.default)
+        for wanted, accepted, words in ((int, int, "a whole number"), (float, int | float, "a number")):
+            if type(field.default) is wanted and (not isinstance(value, accepted) or isinstance(value, bool)):
+                raise InputError(f"{field.name} must be {words}; got {value!r}")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from None
 
 
 def _known_config(model: LanguageModel) -> ModelConfig:

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from antlm_fast.kernels.disentangled_attention import relative_bucket
+from antlm_fast.models.baby_llama import BabyLlamaConfig
 from antlm_fast.models.gpt_bert import GptBert, GptBertConfig
 from antlm_fast.models.ltg_bert import LtgBert, LtgBertConfig
-from antlm_fast.models.pretrained import read_safetensors, read_settings
+from antlm_fast.models.pretrained import checked_config, read_safetensors, read_settings
 from antlm_fast.types import InputError
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # data parallelism, torch.compile, a Hugging Face class around the body
@@ -233,10 +234,9 @@ def _config(
         "layer_norm_eps": settings.get("layer_norm_eps"),
     }
     given: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
-    try:
-        return kind(num_attention_heads=heads, **sizes, **given)
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from None
+    own = checked_config(kind, {"num_attention_heads": heads} | sizes | given)
+    assert not isinstance(own, BabyLlamaConfig)
+    return own
 
 
 def _check_buckets(buckets: Mapping[str, Tensor], config: LtgBertConfig | GptBertConfig) -> None:
@@ -313,9 +313,9 @@ def _read_weights(path: Path, *, ema: bool) -> Mapping[str, Any]:
         raise InputError(
             f"{path} must hold tensors and plain values alone, and is not opened otherwise ({reason})"
         ) from None
-    except OSError:
-        raise
     except Exception as error:  # what a damaged pickle raises is almost anything
+        if isinstance(error, OSError) and error.filename:  # a cut archive's has no file's name
+            raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} is damaged or no file of torch.save ({reason})") from None
     if not isinstance(loaded, Mapping):

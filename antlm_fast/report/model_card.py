@@ -33,12 +33,20 @@ def _is_exported_bert(record: RunRecord) -> bool:
     return record.model_config.get("model_type") == "antlm_bert"
 
 
+def _reads_one_before(record: RunRecord) -> bool:
+    """Whether the masked objective, the last one where there are several, is MNTP, alone or in a mix."""
+    masked = [phase.objective for phase in record.phases if not phase.objective.startswith("CLM")]
+    return bool(masked) and "MNTP" in masked[-1]
+
+
 def _front_matter(record: RunRecord) -> str:
     lines = ["---", f"model_name: {json.dumps(record.name)}"]  # a JSON text is a YAML text, quotes included
     if _is_llama(record):
         lines += ["library_name: transformers", "pipeline_tag: text-generation"]
     if _is_exported_bert(record):
-        lines += ["library_name: transformers", "pipeline_tag: fill-mask"]
+        # a fill-mask pipeline reads a mask at its own position
+        task = "text-generation" if _reads_one_before(record) else "fill-mask"
+        lines += ["library_name: transformers", f"pipeline_tag: {task}"]
     return "\n".join([*lines, "tags:", "  - antlm", "  - causal-lm", "  - masked-lm", "---"])
 
 
@@ -122,7 +130,9 @@ def _loading(record: RunRecord) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)\n'
             "```"
         )
-    shift = ", shift=1" if any(phase.objective.startswith("MNTP") for phase in record.phases) else ""
+    if _reads_one_before(record):
+        blocks.append("It was trained by MNTP: a hidden token's logits are those of the position before it.")
+    shift = ", shift=1" if _reads_one_before(record) else ""
     blocks.append(
         "With antlm_fast, continuing a text (causal read-out) and filling a gap (masked read-out):\n\n"
         "```python\n"

@@ -25,7 +25,7 @@ class OptimizerConfig:
         beta1, beta2, eps: of either kind.
         weight_decay: on parameters with two axes or more, as Hugging Face's Trainer; never on biases and norms.
         decay_embeddings: whether tables that are looked up (nn.Embedding; a head tied to one is that table) are
-            matrices in this sense. True is BabyLlama's; LTG-BERT and GPT-BERT leave them out. Under "lamb" what is
+            matrices in this sense. True is BabyLlama's and GPT-BERT's; LTG-BERT leaves them out. Under "lamb" what is
             not decayed also takes the trust ratio 1.
         clip_norm: the gradient's largest global 2-norm; None never clips.
         reset_on_switch: forget the moments when a phase begins; AntLM is silent, so the default keeps them.

@@ -150,7 +150,7 @@ def _class_of(hint: Any, value: Any, start: Any, name: str) -> type[Any] | None:
     wanted = value.get(key) if isinstance(value, Mapping) else None
     if wanted is None:
         return options[0] if start is None else type(start)
-    if wanted not in by_name:
+    if not isinstance(wanted, str) or wanted not in by_name:
         raise InputError(f"{name}.{key} must be one of {', '.join(map(str, by_name))}; got {str(wanted)!r}")
     chosen: type[Any] = by_name[wanted]
     return chosen

@@ -46,7 +46,7 @@ class Scratch:
     def __init__(self, like: torch.Tensor) -> None:
         self._like = like
         self._held: dict[str, torch.Tensor] = {}
-        self._zeroed: dict[str, tuple[int, ...]] = {}
+        self._zeroed: dict[str, tuple[tuple[int, ...], int]] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised memory, of q's dtype if none is given; what was last taken by that name is no longer used."""
@@ -56,11 +56,17 @@ class Scratch:
             self._zeroed.pop(name, None)
         return self._held[name][:size].view(shape)
 
-    def take_zeroed(self, name: str, *shape: int) -> torch.Tensor:
-        """Zeros; when the same shape is taken again, zeros except where its last taker wrote."""
+    def take_zeroed(self, name: str, written: int, *shape: int) -> torch.Tensor:
+        """Zeros; when taken again with the same shape and `written`, zeros except where the last taker wrote.
+
+        Args:
+            name: as of `take`.
+            written: stands, with the shape, for where the taker writes.
+            shape: the shape.
+        """
         found = self.take(name, *shape)
-        if self._zeroed.get(name) != shape:
-            self._zeroed[name] = shape
+        if self._zeroed.get(name) != (shape, written):
+            self._zeroed[name] = (shape, written)
             found.zero_()
         return found
 
@@ -142,6 +148,8 @@ class Terms:
             d_by_key: (heads, num_seqs, stop, 2 B), unscaled; None if q_rel is.
             adding: whether d_by_key holds the parts of other tiles already.
         """
+        if d_by_row is None and d_by_key is None:
+            return
         if self._positions is not None:
             self._scatter(d_s, tile, d_by_row, d_by_key, adding)
             return
@@ -215,7 +223,7 @@ class Terms:
     ) -> None:
         """Write to `into` (heads, num_seqs, rows, 2 B) the sums of what shares a bucket in (.., rows, n)."""
         width = distances.stop - distances.start
-        wide = self._scratch.take_zeroed("by distance", *part.shape[:3], width)
+        wide = self._scratch.take_zeroed("by distance", part.shape[3], *part.shape[:3], width)
         _skewed(wide, part.shape[3]).copy_(part)
         if one_hot.shape[0] == 1:
             folded = wide.view(-1, width) @ one_hot[0, distances]

@@ -19,6 +19,7 @@ PLAIN = ("reference", "torch", "torch, all fused", "torch, device plan")
 RELATIVE = ("reference", "torch", "torch, all recomputed", "torch, device plan")
 TRITON = ("triton", "triton small")
 SMALL_TILES = {"delta": (128, 16), "forward": (32, 32), "dq": (32, 32), "dkdv": (32, 32)}
+LARGE_TILES = {"delta": (128, 16), "forward": (128, 128), "dq": (128, 128), "dkdv": (128, 128)}
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +58,33 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: dict[str, tuple[int, int]]
 
 
 @pytest.fixture(
-    params=TRITON if INTERPRETED else [*RELATIVE, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
+    params=("triton small",)
+    if INTERPRETED
+    else [*RELATIVE, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
 )
 def relative_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An implementation of disentangled attention, each of its ways."""
-    way: str = request.param
+    yield from _relative_way(request.param, monkeypatch)
+
+
+@pytest.fixture(
+    params=("triton large",)
+    if INTERPRETED
+    else [*RELATIVE, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
+)
+def long_relative_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same for long sequences: the interpreter's time goes with the number of tiles."""
+    yield from _relative_way(request.param, monkeypatch)
+
+
+def _relative_way(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if way == "torch, all recomputed":
         monkeypatch.setattr(relative_torch_impl, "_MATERIALISED_KIB", 0)
     if way == "torch, device plan":
         monkeypatch.setattr(relative_torch_impl, "_host_may_read", lambda x: False)
     if way == "triton small":
         set_tiles(monkeypatch, SMALL_TILES)
+    if way == "triton large":
+        set_tiles(monkeypatch, LARGE_TILES)
     with torch.device("cuda" if way in TRITON and not INTERPRETED else "cpu"):
         yield way.split(",")[0].split()[0]

@@ -88,6 +88,8 @@ def test_a_truncated_file_is_one_line(saved):
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type must be 'default'; got 'linear'"),
         ({"head_dim": 64}, r"head_dim must be hidden_size / num_attention_heads \(8\); got 64"),
         ({"hidden_size": 30}, "hidden_size must be a multiple"),
+        ({"vocab_size": "50"}, "config.json: vocab_size must be a whole number; got '50'"),
+        ({"rms_norm_eps": None}, "config.json: rms_norm_eps must be a number; got None"),
     ],
 )
 def test_a_config_that_we_do_not_compute_is_refused(saved, change, message):

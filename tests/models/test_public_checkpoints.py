@@ -254,6 +254,7 @@ def test_what_our_models_cannot_compute_is_refused(layout, change, message):
         (SETTINGS | {"vocab_size": 31}, "vocab_size must be 30"),
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads"),
         (SETTINGS | {"layer_norm_eps": -1.0}, "layer_norm_eps must be above 0"),
+        ({"num_attention_heads": "2"}, "num_attention_heads must be a whole number; got '2'"),
     ],
 )
 def test_settings_that_do_not_fit_the_weights_are_refused(settings, message):
@@ -324,6 +325,12 @@ def test_files_that_are_not_weights_are_refused_and_never_run(tmp_path, capsys):
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut short"):
         path.write_bytes(content)
         with pytest.raises(InputError, match="pytorch_model.bin (is damaged|must hold tensors)"):
+            load_public_checkpoint(path)
+    torch.save(public_state("ltg_bert"), path)
+    whole = path.read_bytes()
+    for length in (len(whole) // 4, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="pytorch_model.bin is damaged"):
             load_public_checkpoint(path)
     torch.save([torch.zeros(2)], path)
     with pytest.raises(InputError, match="must hold a table of tensors; got list"):

@@ -164,6 +164,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "72 phases": {"phases": [("1_CLM", "CLM", 20), ("1_MLM", "MLM", 20)] * 36},
     "steps and MNTP": {"phases": [("20s_CLM", "CLM", 20), ("80s_MNTP", "MNTP", 80)], "masked": "MNTP"},
     "mixed": {"phases": [("6_MIX(0.9375)", "MIX(0.9375)", 120)]},
+    "mixed with MNTP": {"phases": [("6_MIX(0.9375,MNTP)", "MIX(0.9375,MNTP)", 120)], "masked": "MNTP"},
     "other mask": {"phases": [("1_CLM", "CLM", 20), ("16_MLM@causal", "MLM@causal", 320)]},
 }
 
@@ -225,10 +226,21 @@ def test_the_model_card_says_the_numbers_and_how_to_load(tmp_path: Path) -> None
         assert fragment in card
 
 
-def test_the_card_of_an_mntp_run_reads_the_position_before_the_mask(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", **RUNS["steps and MNTP"])
+@pytest.mark.parametrize("kind", ["steps and MNTP", "mixed with MNTP"])
+def test_the_card_of_an_mntp_run_reads_the_position_before_the_mask(tmp_path: Path, kind: str) -> None:
+    folder = make_run(tmp_path / "run", **RUNS[kind])
     write_report(folder)
-    assert "tokenizer.mask_id, shift=1," in (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "tokenizer.mask_id, shift=1," in card
+    assert "a hidden token's logits are those of the position before it" in card
+
+
+def test_the_card_of_a_run_that_ends_with_mlm_reads_the_mask_itself(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", phases=[("1_MNTP", "MNTP", 20), ("1_MLM", "MLM", 20), ("1_CLM", "CLM", 20)])
+    write_report(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "fill(model, gap, tokenizer.mask_id, banned_ids" in card
+    assert "position before it" not in card
 
 
 def test_the_card_of_an_exported_bert_loads_its_own_code(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ def test_config_files_are_read_and_checked(tmp_path):
         ),
         ("a.json", '{"name": "x", "schedule": "1_CLM", "seed": true}', "seed must be a whole number; got True"),
         ("a.json", '{"name": "x", "schedule": "1_CLM", "model": {"vocab_size": 9}}', "must be left to the tokenizer"),
+        ("a.toml", 'model.architecture = ["x"]', "model.architecture must be one of baby_llama, ltg_bert, gpt_bert"),
     ],
 )
 def test_a_wrong_config_file_is_one_line(tmp_path, name, text, message):
