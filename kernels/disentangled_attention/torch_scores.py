@@ -213,7 +213,8 @@ class _Run:
         else:
             seqs, some_heads, rows = num_seqs, heads, min(len_q, max(16, _DEVICE_SCORES // len_k))
         for in_seqs in _runs(num_seqs, seqs):
-            for in_rows in _runs(len_q, rows):
+            # the last rows see most: scratch memory is made once, at its largest
+            for in_rows in reversed([*_runs(len_q, rows)]):
                 stop = self._stop(in_seqs, in_rows)
                 for in_heads in _runs(heads, some_heads):
                     yield Tile(in_heads, in_seqs, in_rows, stop)

@@ -246,7 +246,8 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_memory_is_linear_in_the_length(relative_impl: str) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_is_linear_in_the_length(relative_impl: str, causal: bool) -> None:
     """No tensor of a forward and backward holds as much as one head's scores; twice the length, twice the largest."""
     if relative_impl == "reference":
         pytest.skip("the reference keeps every score, by design")
@@ -254,7 +255,7 @@ def test_memory_is_linear_in_the_length(relative_impl: str) -> None:
     for length in (1024, 2048):
         inputs = [x.requires_grad_() for x in _inputs(length, heads=1)]
         with _LargestTensor() as largest:
-            _attend(inputs, (length,), relative_impl, causal=False).sum().backward()
+            _attend(inputs, (length,), relative_impl, causal=causal).sum().backward()
         found.append(largest.elements)
     assert found[1] < 2048 * 2048
     assert found[1] <= 2.2 * found[0]
