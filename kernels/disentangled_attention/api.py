@@ -286,10 +286,10 @@ def _attend(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     _check_tables(q, k, q_rel, k_rel, max_position)
+    settings = options(q, softmax_scale, dropout_p, dropout_seed, return_lse)
     if softmax_scale is None:
         terms = 1 + (q_rel is not None) + (k_rel is not None)
-        softmax_scale = 1.0 / math.sqrt(terms * q.shape[-1])
-    settings = options(q, softmax_scale, dropout_p, dropout_seed, return_lse)
+        settings["softmax_scale"] = 1.0 / math.sqrt(terms * q.shape[-1])
     dropout = settings["dropout_seed"] is not None
     call = AttentionCall(q.device.type, q.dtype, q.shape[-1], q.shape[-2], k.shape[-2], dropout, return_lse)
     chosen = choose("disentangled_attention_varlen", VARLEN, impl, call)

@@ -179,7 +179,7 @@ def _call(q: Any, k: Any, v: Any, q_rel: Any, k_rel: Any, starts: Any, longest: 
     counts = options.pop("counts", starts)
     return disentangled_attention_varlen(
         q, k, v, q_rel, k_rel, counts, starts, longest, longest,
-        causal=flag, max_position=16, softmax_scale=0.2, dropout_p=0.2, dropout_seed=3, impl="triton", **options,
+        causal=flag, max_position=16, dropout_p=0.2, dropout_seed=3, impl="triton", **options,
     )  # fmt: skip
 
 
