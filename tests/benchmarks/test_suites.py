@@ -139,7 +139,8 @@ def test_scaling_has_an_exponent_for_each_way():
 
 def test_batches_are_made():
     rows = tiny("data")
-    timed(rows, "stream", "packed", "CLM", "MLM, token", "MLM, span", "MLM, span-uniform", "MLM, whole-word")
+    own = timed(rows, "stream", "packed", "CLM", "MLM, token", "MLM, span", "MLM, span-uniform", "MLM, whole-word")
+    assert {row.unit for row in own} == {"tokens/s"}
 
 
 # ---- workers
