@@ -1,6 +1,8 @@
 # make demo   train and evaluate on the built-in corpus, in its own virtual environment
 # make test   format, types and all tests, in the same environment
 # make ir     execute what Triton compiles for three GPU architectures, on the CPU
+# make native compile the C++ kernels again after their sources changed (an install compiles them too)
+# make sanitize  the C++ kernels, built with the address, undefined-behaviour and thread sanitizers, on random calls (long)
 # make aot    compile the shipped kernels for every architecture; compare registers, spills, memory and loops with
 #             benchmarks/aot_table.json (minutes)
 #
@@ -33,14 +35,18 @@ INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_prop
   tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
   tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
 
-.PHONY: demo test ir aot lint clean
+.PHONY: demo test native sanitize ir aot lint clean
 
 demo: $(VENV)/train.installed
 	$(BIN)/python -m antlm_fast.cli train --recipe demo --output runs/demo --resume
 
-test: lint
+test: lint native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a worker a core: more threads would fight for it
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED)
+
+# without a compiler the other implementations serve, and the tests of these say so
+native: $(VENV)/dev.installed
+	$(BIN)/python -m antlm_fast.kernels.native.build --if-needed || true
 
 ir: $(VENV)/dev.installed
 	@if $(PIP) install --no-deps --ignore-requires-python '$(TTSEM)'; \

@@ -16,6 +16,7 @@ from antlm_fast.kernels.disentangled_attention import OPS as DISENTANGLED_ATTENT
 from antlm_fast.kernels.dispatch import ImplementationRow, survey
 from antlm_fast.kernels.linear_cross_entropy import OPS as CROSS_ENTROPY_OPS
 from antlm_fast.kernels.linear_cross_entropy import LinearCrossEntropyCall
+from antlm_fast.kernels.native import library as native
 from antlm_fast.pipeline import resolve_device, resolve_precision
 
 DTYPE = torch.bfloat16  # what the rows below are asked for
@@ -40,7 +41,8 @@ def report_lines() -> Iterator[str]:
     yield f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch        {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     yield f"device       {device}: {_device_name(device)}; precision auto means {resolve_precision('auto', device)}"
-    yield f"compiler     {shutil.which('c++') or 'none'} (only Triton may want one, for its launcher)"
+    yield f"compiler     {shutil.which('c++') or 'none'} (for the C++ kernels at install, and Triton's launcher)"
+    yield f"C++ kernels  {native.unavailable_reason('cpu', DTYPE) or native.library().description}"
     for package, purpose in OPTIONAL.items():
         yield f"{package:13}{_version(package):16}{purpose}"
     for op, rows in _operations(device):

@@ -1,7 +1,8 @@
-"""Philox4x32-7 in plain tensor operations, and the dropout mask that every attention implementation shares.
+"""Philox4x32-7 in plain tensor operations, and the dropout masks that every implementation of an op shares.
 
-The mask of attention dropout is a pure function of (seed, head, query row, key), so that implementations in any
-language, on any device and in any dtype drop the same probabilities, and a backward can form the mask again.
+The mask of attention dropout is a pure function of (seed, head, query row, key), that of a matrix's dropout one of
+(seed, row, column), so that implementations in any language, on any device and in any dtype drop the same numbers, and
+a backward can form the mask again. A counter's last word is 0 for the one and 1 for the other: they share no word.
 
 Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
 """
@@ -72,6 +73,30 @@ def keep_mask(
     words = philox(seed, groups, query_rows[..., None], heads[..., None], torch.zeros_like(seed))
     threshold = drop_threshold(dropout_p)
     return torch.stack([word >= threshold for word in words], -1).flatten(-2)[..., :num_keys]
+
+
+def keep_elements(seed: torch.Tensor, rows: int, columns: int, dropout_p: float) -> torch.Tensor:
+    """Which elements of a matrix survive dropout.
+
+    Word (column // 16) % 4 of philox(seed, counter = (column // 64 * 16 + column % 16, row % 2**32, row // 2**32, 1))
+    belongs to an element, and is kept if it is at least drop_threshold(dropout_p): the four words of sixteen counters
+    are four neighbouring vectors of sixteen columns.
+
+    Args:
+        seed: int64 ().
+        rows, columns: the matrix's shape.
+        dropout_p: the probability of dropping, in [0, 1).
+
+    Returns:
+        bool (rows, columns); True is kept.
+    """
+    groups = -(-columns // 64)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    counters = torch.arange(groups * 16, device=seed.device)
+    words = philox(seed, counters, row & _WORD, row >> 32, torch.ones_like(seed))
+    threshold = drop_threshold(dropout_p)
+    kept = torch.stack([(word >= threshold).view(rows, groups, 16) for word in words], 2)
+    return kept.flatten(1)[:, :columns]
 
 
 def _keep_mask_in_blocks(

@@ -11,10 +11,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from antlm_fast.kernels.attention import attention_varlen
+from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
+from antlm_fast.kernels.fused_layers import gated_unit, rotary, rotary_qkv
 from antlm_fast.models.language_model import LanguageModel, Packing, check_architecture
+from antlm_fast.models.layer_parts import (
+    Linear,
+    Pending,
+    WantedRows,
+    continued,
+    joint_product,
+    wanted_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,9 @@ class BabyLlama(LanguageModel):
 
     x <- x + Attention(RMSNorm(x)); x <- x + W_down(silu(W_gate y) * (W_up y)) with y = RMSNorm(x); RMSNorm; head.
 
+    With `rows`, the last layer computes output projection and feed-forward for them alone, and queries too where key
+    heads are not shared.
+
     Source: BabyLlama, arXiv 2308.02019 (sizes); layout of LlamaForCausalLM (names).
     """
 
@@ -102,8 +114,8 @@ class BabyLlama(LanguageModel):
         return self.lm_head.weight
 
     def encode(self, tokens: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
-        hidden: Tensor = self.model(tokens, packing)
-        return hidden if rows is None else hidden.index_select(0, rows)
+        hidden: Tensor = self.model(tokens, packing, rows)
+        return hidden
 
 
 class _Body(nn.Module):
@@ -114,13 +126,16 @@ class _Body(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
+    def forward(self, tokens: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
         positions = packing.positions(torch.arange(tokens.numel(), device=tokens.device))
         rotary = _rotary_tables(positions, self.config)
-        x = self.embed_tokens(tokens)  # (total_tokens, hidden_size)
-        for layer in self.layers:
-            x = layer(x, packing, rotary)
-        return self.norm(x)
+        wanted = WantedRows.of(rows, packing)
+        x, pending = self.embed_tokens(tokens), None  # (total_tokens, hidden_size)
+        for layer in self.layers[:-1]:
+            x, pending = layer(x, pending, packing, rotary, None)
+        x, pending = self.layers[-1](x, pending, packing, rotary, wanted)
+        _, hidden = pending.added_and_normed(x, self.norm, packing.layer_impl)
+        return hidden
 
 
 class _Layer(nn.Module):
@@ -131,30 +146,44 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _SwiGLU(config)
 
-    def forward(self, x: Tensor, packing: Packing, rotary: _Rotary) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), packing, rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, pending: Pending | None, packing: Packing, rotary: _Rotary, wanted: WantedRows | None
+    ) -> tuple[Tensor, Pending]:
+        """(residual stream, what is still to be added to it); with wanted, both at those rows alone."""
+        impl = packing.layer_impl
+        x, y = continued(x, pending, self.input_layernorm, impl)
+        attended = Pending(self.self_attn(y, packing, rotary, wanted))
+        x, y = attended.added_and_normed(wanted_rows(x, wanted), self.post_attention_layernorm, impl)
+        return x, Pending(self.mlp(y, impl))
 
 
 class _Attention(nn.Module):
     def __init__(self, config: BabyLlamaConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
         kv_size = config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, packing: Packing, rotary: _Rotary) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # (total_tokens, heads, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(self, y: Tensor, packing: Packing, rotary_tables: _Rotary, wanted: WantedRows | None) -> Tensor:
+        """(n, hidden_size) of y (total_tokens, hidden_size)"""
+        # queries of some rows alone want a key head for each of their heads
+        if wanted is None or self.heads != self.kv_heads:
+            out = wanted_rows(self._of_all_rows(y, packing, rotary_tables), wanted)
+        else:
+            out = self._of_wanted_rows(y, packing, rotary_tables, wanted)
+        return self.o_proj(out.flatten(-2), packing.layer_impl)
+
+    def _of_all_rows(self, y: Tensor, packing: Packing, rotary_tables: _Rotary) -> Tensor:
+        impl, (cos, sin) = packing.layer_impl, rotary_tables
+        joint = joint_product(y, (self.q_proj, self.k_proj, self.v_proj), impl).unflatten(-1, (-1, self.head_dim))
+        q, k, v = rotary_qkv(joint, cos, sin, heads=self.heads, kv_heads=self.kv_heads, overwrite=True, impl=impl)
         cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
-        out = attention_varlen(
-            _rotate(q, rotary),
-            _rotate(k, rotary),
+        return attention_varlen(
+            q,
+            k,
             v,
             cu_seqlens,
             cu_seqlens,
@@ -164,18 +193,41 @@ class _Attention(nn.Module):
             prefix_len=packing.prefix_len,
             impl=packing.impl,
         )
-        return self.o_proj(out.flatten(-2))
+
+    def _of_wanted_rows(self, y: Tensor, packing: Packing, rotary_tables: _Rotary, wanted: WantedRows) -> Tensor:
+        """Disentangled attention without its tables is attention that knows where its queries stand."""
+        impl, (cos, sin) = packing.layer_impl, rotary_tables
+        q = self.q_proj(wanted_rows(y, wanted), impl).unflatten(-1, (-1, self.head_dim))
+        q = rotary(q, wanted_rows(cos, wanted), wanted_rows(sin, wanted), impl=impl)
+        joint = joint_product(y, (self.k_proj, self.v_proj), impl).unflatten(-1, (-1, self.head_dim))
+        _, k, v = rotary_qkv(joint, cos, sin, heads=0, kv_heads=self.kv_heads, overwrite=True, impl=impl)
+        return disentangled_attention_varlen(
+            q,
+            k,
+            v,
+            None,
+            None,
+            wanted.cu_seqlens,
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            packing.max_seqlen,
+            causal=packing.causal,
+            prefix_len=packing.prefix_len,
+            positions_q=wanted.positions,
+            impl=packing.impl,
+        )
 
 
 class _SwiGLU(nn.Module):
     def __init__(self, config: BabyLlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, y: Tensor, impl: str) -> Tensor:
+        joint = joint_product(y, (self.gate_proj, self.up_proj), impl)
+        return self.down_proj(gated_unit(joint, activation="silu", gate_first=True, impl=impl), impl)
 
 
 def _rotary_tables(positions: Tensor, config: BabyLlamaConfig) -> _Rotary:
@@ -184,10 +236,3 @@ def _rotary_tables(positions: Tensor, config: BabyLlamaConfig) -> _Rotary:
     angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, rotary: _Rotary) -> Tensor:
-    """Rotary embedding: the two halves of head_dim are the two coordinates that turn. Keeps x's dtype."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

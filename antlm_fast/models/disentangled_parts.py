@@ -6,7 +6,7 @@ LN0 is layer normalisation without affine parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
-from antlm_fast.models.language_model import LanguageModel, Packing, check_architecture
+from antlm_fast.kernels.fused_layers import add_dropout, gated_unit, layer_norm
+from antlm_fast.kernels.mixed_linear import mixed_linear
+from antlm_fast.models.language_model import LanguageModel, Packing, check_architecture, layer_impl
+from antlm_fast.models.layer_parts import (
+    Linear,
+    Pending,
+    WantedRows,
+    active,
+    joint_product,
+    linear_impl,
+    normed,
+    wanted_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,46 +83,33 @@ class DisentangledConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True, kw_only=True)
-class WantedRows:
-    """The rows the last layer computes; keys and values are still those of every token.
-
-    Args:
-        index: int64 (n,) ascending packed positions.
-        cu_seqlens: int32 (num_seqs + 1,), counts them by sequence.
-        positions: int32 (n,), position of each within its own sequence.
-    """
-
-    index: Tensor
-    cu_seqlens: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor | None, packing: Packing) -> WantedRows | None:
-        """From the rows of `LanguageModel.hidden_states`; nothing is read from the device. None stays None."""
-        if rows is None:
-            return None
-        # as many rows lie before a sequence as are smaller than its start
-        starts = torch.searchsorted(rows, packing.cu_seqlens.to(rows.dtype), out_int32=True)
-        return cls(index=rows, cu_seqlens=starts, positions=packing.positions(rows).to(torch.int32))
-
-
-def wanted_rows(x: Tensor, wanted: WantedRows | None) -> Tensor:
-    return x if wanted is None else x.index_select(0, wanted.index)
-
-
 def plain_layer_norm(size: int, config: DisentangledConfig) -> nn.LayerNorm:
     """LN0."""
     return nn.LayerNorm(size, eps=config.layer_norm_eps, elementwise_affine=False)
 
 
-def linear_halves(linear: nn.Linear, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear layer's first half of outputs at `first`, its second at `second`; one product where they are one."""
-    if first is second:
-        a, b = linear(first).chunk(2, dim=-1)
-        return a, b
-    weights, biases = linear.weight.chunk(2), linear.bias.chunk(2)
-    return F.linear(first, weights[0], biases[0]), F.linear(second, weights[1], biases[1])
+def projections(
+    y: Tensor, layers: Sequence[nn.Linear], at_wanted: Sequence[bool], wanted: WantedRows | None, impl: str
+) -> Sequence[Tensor]:
+    """What linear layers make of y, in parts of y's width: one product for all rows, and one for wanted rows alone.
+
+    Args:
+        y: (total_tokens, hidden_size).
+        layers: their outputs, one after the other, are the parts.
+        at_wanted: for each part, whether it is needed at the wanted rows alone.
+    """
+    size = y.shape[-1]
+    if wanted is None:
+        return joint_product(y, layers, impl).split(size, -1)
+    weights = [part for layer in layers for part in layer.weight.split(size)]
+    biases = [part for layer in layers for part in layer.bias.split(size)]
+    parts: list[Tensor] = [y] * len(weights)
+    for few, rows in ((True, wanted_rows(y, wanted)), (False, y)):
+        places = [place for place, each in enumerate(at_wanted) if each == few]
+        held = ([tensors[place] for place in places] for tensors in (weights, biases))
+        for place, part in zip(places, mixed_linear(rows, *held, impl=linear_impl(impl)).split(size, -1), strict=True):
+            parts[place] = part
+    return parts
 
 
 class WordEmbedding(nn.Module):
@@ -122,12 +121,14 @@ class WordEmbedding(nn.Module):
         self.norm = plain_layer_norm(config.hidden_size, config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.table(tokens)))
+    def forward(self, tokens: Tensor, impl: str) -> Tensor:
+        # the residual stream begins here: its dtype is the table's
+        x = layer_norm(self.table(tokens), eps=self.norm.eps, impl=impl)
+        return add_dropout(x, dropout_p=active(self.dropout), impl=impl)
 
 
 class RelativeEmbedding(nn.Module):
-    """dropout(LN(R)), (2 B - 1, hidden_size): computed once per forward, read by every layer."""
+    """dropout(LN(R)), (2 B - 1, hidden_size): computed once per forward, read by every layer's product."""
 
     def __init__(self, config: DisentangledConfig) -> None:
         super().__init__()
@@ -135,8 +136,9 @@ class RelativeEmbedding(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self) -> Tensor:
-        return self.dropout(self.norm(self.table.weight))
+    def forward(self, impl: str) -> Tensor:
+        x = normed(self.table.weight, self.norm, impl)
+        return add_dropout(x, dropout_p=active(self.dropout), impl=impl)
 
 
 class DisentangledHeads(nn.Module):
@@ -148,15 +150,16 @@ class DisentangledHeads(nn.Module):
 
     def __init__(self, config: DisentangledConfig) -> None:
         super().__init__()
-        self.query_key = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.query_key = Linear(config.hidden_size, 2 * config.hidden_size)
         self.head_dim = config.head_dim
         self.max_position = config.max_position_embeddings
         self.dropout_p = config.attention_dropout
 
-    def forward(self, y: Tensor, v: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None) -> Tensor:
-        """(n, hidden_size) of y and v, (total_tokens, hidden_size)."""
-        q, k = linear_halves(self.query_key, wanted_rows(y, wanted), y)
-        q_rel, k_rel = linear_halves(self.query_key, relative, relative)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None
+    ) -> Tensor:
+        """(n, hidden_size) of q (n, hidden_size), k and v (total_tokens, hidden_size): products of y, as said above."""
+        q_rel, k_rel = self.query_key(relative, packing.layer_impl).chunk(2, dim=-1)
         q, k, v, q_rel, k_rel = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v, q_rel, k_rel))
         out = disentangled_attention_varlen(
             q,
@@ -179,19 +182,21 @@ class DisentangledHeads(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dropout(W_out LN0(a * gelu_tanh(g))) with [a|g] = W_in LN0(x)"""
+    """dropout(W_out LN0(a * gelu_tanh(g))) with [a|g] = W_in y, y = LN0(x)"""
 
     def __init__(self, config: DisentangledConfig) -> None:
         super().__init__()
         self.norm = plain_layer_norm(config.hidden_size, config)
-        self.wide = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wide = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.inner_norm = plain_layer_norm(config.intermediate_size, config)
-        self.narrow = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.narrow = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.wide(self.norm(x)).chunk(2, dim=-1)
-        return self.dropout(self.narrow(self.inner_norm(value * F.gelu(gate, approximate="tanh"))))
+    def forward(self, y: Tensor, impl: str) -> Pending:
+        inner = gated_unit(
+            self.wide(y, impl), activation="gelu_tanh", gate_first=False, norm_eps=self.inner_norm.eps, impl=impl
+        )
+        return Pending(self.narrow(inner, impl), active(self.dropout))
 
 
 class Head(nn.Module):
@@ -200,13 +205,14 @@ class Head(nn.Module):
     def __init__(self, config: DisentangledConfig) -> None:
         super().__init__()
         self.norm = plain_layer_norm(config.hidden_size, config)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.inner_norm = plain_layer_norm(config.hidden_size, config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.dropout(self.inner_norm(F.gelu(self.dense(self.norm(hidden)))))
+    def forward(self, hidden: Tensor, impl: str = "auto") -> Tensor:
+        inner = F.gelu(self.dense(normed(hidden, self.norm, impl), impl))
+        return add_dropout(normed(inner, self.inner_norm, impl), dropout_p=active(self.dropout), impl=impl)
 
 
 class DisentangledModel(LanguageModel):
@@ -248,6 +254,6 @@ class DisentangledModel(LanguageModel):
     def head_bias(self) -> Tensor:
         return self.head.bias
 
-    def head_features(self, hidden: Tensor) -> Tensor:
-        features: Tensor = self.head(hidden)
+    def head_features(self, hidden: Tensor, impl: str = "auto") -> Tensor:
+        features: Tensor = self.head(hidden, layer_impl(impl))
         return features

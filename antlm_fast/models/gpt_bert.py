@@ -14,12 +14,11 @@ from antlm_fast.models.disentangled_parts import (
     DisentangledHeads,
     DisentangledModel,
     FeedForward,
-    WantedRows,
-    linear_halves,
     plain_layer_norm,
-    wanted_rows,
+    projections,
 )
 from antlm_fast.models.language_model import Packing
+from antlm_fast.models.layer_parts import Linear, Pending, WantedRows, active, normed, wanted_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class GptBert(DisentangledModel):
         super().__init__(config, (_Layer(config, i) for i in range(config.num_hidden_layers)))
 
     def encode(self, tokens: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
-        x, relative = self.embedding(tokens), self.relative()
+        x, relative = self.embedding(tokens, packing.layer_impl), self.relative(packing.layer_impl)
         wanted = WantedRows.of(rows, packing)
         outputs = [x]
         for layer in self.layers[:-1]:
@@ -78,11 +77,12 @@ class _Layer(nn.Module):
         self, x: Tensor, outputs: list[Tensor], relative: Tensor, packing: Packing, wanted: WantedRows | None
     ) -> tuple[Tensor, list[Tensor]]:
         """(x, outputs with this layer's two); with wanted, both at those rows alone."""
-        attended = self.attention(x, relative, packing, wanted)
+        impl = packing.layer_impl
+        attended = self.attention(normed(x, self.attention.norm, impl), relative, packing, wanted)
         outputs = [wanted_rows(output, wanted) for output in outputs]
-        outputs.append(wanted_rows(x, wanted) + attended)
+        outputs.append(attended.added_to(wanted_rows(x, wanted), impl))
         x = self.attention_sum(outputs)
-        outputs.append(x + self.feed_forward(x))
+        outputs.append(self.feed_forward(normed(x, self.feed_forward.norm, impl), impl).added_to(x, impl))
         return self.feed_forward_sum(outputs), outputs
 
 
@@ -93,16 +93,16 @@ class _GatedAttention(nn.Module):
         super().__init__()
         self.norm = plain_layer_norm(config.hidden_size, config)
         self.heads = DisentangledHeads(config)
-        self.value_gate = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.value_gate = Linear(config.hidden_size, 2 * config.hidden_size)
         self.inner_norm = plain_layer_norm(config.hidden_size, config)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None) -> Tensor:
-        y = self.norm(x)
-        v, gate = linear_halves(self.value_gate, y, wanted_rows(y, wanted))
-        heads = self.heads(y, v, relative, packing, wanted)
-        return self.dropout(self.out(self.inner_norm(heads * F.gelu(gate))))
+    def forward(self, y: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None) -> Pending:
+        impl, at_wanted = packing.layer_impl, (True, False, False, True)
+        q, k, v, gate = projections(y, (self.heads.query_key, self.value_gate), at_wanted, wanted, impl)
+        heads = self.heads(q, k, v, relative, packing, wanted)
+        return Pending(self.out(normed(heads * F.gelu(gate), self.inner_norm, impl), impl), active(self.dropout))
 
 
 class _WeightedSum(nn.Module):

@@ -46,7 +46,7 @@ class Packing:
         cu_seqlens: int32 (num_seqs + 1,).
         max_seqlen: the longest sequence, in tokens.
         causal, prefix_len: who sees whom, as in `LanguageModel.hidden_states`; exactly one is given.
-        impl: which implementation of attention.
+        impl: which implementation of attention, and of the layers around it.
     """
 
     cu_seqlens: Tensor
@@ -55,10 +55,20 @@ class Packing:
     prefix_len: Tensor | None
     impl: str
 
+    @property
+    def layer_impl(self) -> str:
+        """Which implementation of what stands around attention."""
+        return layer_impl(self.impl)
+
     def positions(self, index: Tensor) -> Tensor:
         """Position within its own sequence of each packed index, int64 (n,)."""
         sequence = torch.searchsorted(self.cu_seqlens[1:], index, right=True)
         return index - self.cu_seqlens[sequence.clamp_(max=max(self.cu_seqlens.numel() - 2, 0))]
+
+
+def layer_impl(impl: str) -> str:
+    """The fused layers that go with an implementation of attention: Triton has none, and the best is taken there."""
+    return "auto" if impl == "triton" else impl
 
 
 class LanguageModel(nn.Module, ABC):
@@ -84,7 +94,7 @@ class LanguageModel(nn.Module, ABC):
         """The output projection's bias, (vocab_size,), or None."""
         return None
 
-    def head_features(self, hidden: Tensor) -> Tensor:
+    def head_features(self, hidden: Tensor, impl: str = "auto") -> Tensor:
         """What the output projection is applied to, (n, hidden_size): the head's own layers, if it has any."""
         return hidden
 
@@ -109,10 +119,11 @@ class LanguageModel(nn.Module, ABC):
             max_seqlen: the longest sequence in tokens; None reads it from cu_seqlens (on a GPU this waits for it).
             rows: int64 (n,) ascending packed positions (in a batch, sequence * seqlen + position): these alone are
                 returned, and a model may leave out what no other needs of the last layer. None is every position.
-            impl: which implementation of attention; see `antlm-fast doctor`.
+            impl: which implementation of attention, and of the layers around it; see `antlm-fast doctor`.
 
         Returns:
-            The shape of input_ids with hidden_size behind it; with rows, (n, hidden_size).
+            The shape of input_ids with hidden_size behind it; with rows, (n, hidden_size). Under autocast they may be
+            in its dtype.
 
         Raises:
             TypeError: rows is not int64.
@@ -167,7 +178,9 @@ class LanguageModel(nn.Module, ABC):
         hidden = self.hidden_states(
             input_ids, causal=causal, prefix_len=prefix_len, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, impl=impl
         )
-        return F.linear(self.head_features(hidden), self.head_weight, self.head_bias)
+        features = self.head_features(hidden.flatten(0, -2), impl)
+        logits = F.linear(features, self.head_weight, self.head_bias)
+        return logits.unflatten(0, hidden.shape[:-1])
 
     def labelled_features(
         self, batch: PackedBatch, *, last_layer_rows: bool = True, impl: str = "auto"
@@ -191,7 +204,7 @@ class LanguageModel(nn.Module, ABC):
             rows=rows if few else None,
             impl=impl,
         )
-        features = self.head_features(hidden if few else hidden.index_select(0, rows))
+        features = self.head_features(hidden if few else hidden.index_select(0, rows), impl)
         if len(places) == 1:
             return dict.fromkeys(batch.labelled, features)
         return {

@@ -12,11 +12,11 @@ from antlm_fast.models.disentangled_parts import (
     DisentangledHeads,
     DisentangledModel,
     FeedForward,
-    WantedRows,
     plain_layer_norm,
-    wanted_rows,
+    projections,
 )
 from antlm_fast.models.language_model import Packing
+from antlm_fast.models.layer_parts import Linear, Pending, WantedRows, active, continued, normed, wanted_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,12 @@ class LtgBert(DisentangledModel):
         super().__init__(config, (_Layer(config) for _ in range(config.num_hidden_layers)))
 
     def encode(self, tokens: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
-        x, relative = self.embedding(tokens), self.relative()
-        wanted = WantedRows.of(rows, packing)
+        x, relative = self.embedding(tokens, packing.layer_impl), self.relative(packing.layer_impl)
+        wanted, pending = WantedRows.of(rows, packing), None
         for layer in self.layers[:-1]:
-            x = layer(x, relative, packing, None)
-        return self.layers[-1](x, relative, packing, wanted)
+            x, pending = layer(x, pending, relative, packing, None)
+        x, pending = self.layers[-1](x, pending, relative, packing, wanted)
+        return pending.added_to(x, packing.layer_impl)
 
 
 class _Layer(nn.Module):
@@ -61,9 +62,15 @@ class _Layer(nn.Module):
         self.attention = _Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None) -> Tensor:
-        x = wanted_rows(x, wanted) + self.attention(x, relative, packing, wanted)
-        return x + self.feed_forward(x)
+    def forward(
+        self, x: Tensor, pending: Pending | None, relative: Tensor, packing: Packing, wanted: WantedRows | None
+    ) -> tuple[Tensor, Pending]:
+        """(residual stream, what is still to be added to it); with wanted, both at those rows alone."""
+        impl = packing.layer_impl
+        x, y = continued(x, pending, self.attention.norm, impl)
+        attended = self.attention(y, relative, packing, wanted)
+        x, y = continued(wanted_rows(x, wanted), attended, self.feed_forward.norm, impl)
+        return x, self.feed_forward(y, impl)
 
 
 class _Attention(nn.Module):
@@ -73,12 +80,13 @@ class _Attention(nn.Module):
         super().__init__()
         self.norm = plain_layer_norm(config.hidden_size, config)
         self.heads = DisentangledHeads(config)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.out = Linear(config.hidden_size, config.hidden_size)
         self.out_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None) -> Tensor:
-        y = self.norm(x)
-        heads = self.heads(y, self.value(y), relative, packing, wanted)
-        return self.dropout(self.out_norm(self.out(heads)))
+    def forward(self, y: Tensor, relative: Tensor, packing: Packing, wanted: WantedRows | None) -> Pending:
+        impl = packing.layer_impl
+        q, k, v = projections(y, (self.heads.query_key, self.value), (True, False, False), wanted, impl)
+        out = self.out(self.heads(q, k, v, relative, packing, wanted), impl)
+        return Pending(normed(out, self.out_norm, impl), active(self.dropout))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from antlm_fast.kernels.dispatch import UnsupportedError
 from antlm_fast.training.lamb import Lamb
+from antlm_fast.training.native_optimizer import NativeAdamW, NativeLamb, unserved_reason
 from antlm_fast.types import InputError
 
 KINDS = ("adamw", "lamb")
+IMPLS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,16 @@ class OptimizerConfig:
             raise InputError(f"optimizer.ema_decay must be at least 0 and below 1, or none; got {self.ema_decay}")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, impl: str = "auto") -> torch.optim.Optimizer:
     """The optimizer over the model's parameters, in two groups: decayed, and not.
 
-    AdamW is one fused pass over memory on CPU and CUDA.
+    Args:
+        impl: "native" is the C++ kernels, for float32 parameters on the CPU; "torch" is AdamW in one fused pass over
+            memory, and LAMB out of torch's operations; "auto" takes the first that serves.
+
+    Raises:
+        ValueError: impl is none of these.
+        UnsupportedError: "native" was asked for and cannot serve.
     """
     tables = {
         id(parameter)
@@ -77,9 +87,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     for parameter in model.parameters():
         groups[parameter.ndim < 2 or id(parameter) in tables].append(parameter)
     decayed, others = groups
+    native = _takes_native(impl, [*decayed, *others])
     betas = (config.beta1, config.beta2)
     if config.kind == "lamb":
-        return Lamb(
+        return (NativeLamb if native else Lamb)(
             [
                 {"params": decayed, "weight_decay": config.weight_decay, "trust_ratio": True},
                 {"params": others, "weight_decay": 0.0, "trust_ratio": False},
@@ -88,10 +99,54 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             betas=betas,
             eps=config.eps,
         )
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        fused=True,
-    )
+    both = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if native:
+        return NativeAdamW(both, lr=config.lr, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(both, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, num_micro_batches: int, precision: str) -> None:
+    """Forget the gradients, and say in which dtype the next ones are kept.
+
+    A linear layer's weight gradient is a bfloat16 product under autocast. Where nothing is added to it and the C++
+    kernels take the step, it stays that, instead of being cast to float32: the same numbers in half of the memory.
+    Several micro-batches are added in float32.
+
+    Args:
+        num_micro_batches: whose gradients are added in this step.
+        precision: "float32" or "bfloat16".
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if not isinstance(optimizer, NativeAdamW | NativeLamb) or not hasattr(torch.Tensor, "grad_dtype"):
+        return  # torch's own optimizers want the parameter's dtype, and before torch 2.10 there was no other
+    narrow = num_micro_batches == 1 and precision == "bfloat16"
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in tables:
+            module.weight.grad_dtype = torch.bfloat16 if narrow else module.weight.dtype
+
+
+def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """One step of the optimizer, with the gradients scaled so that their 2-norm all together is at most `max_norm`.
+
+    Args:
+        max_norm: None scales nothing.
+
+    Returns:
+        The norm before that, float32 (); nothing is read back from a GPU.
+    """
+    largest = math.inf if max_norm is None else max_norm
+    if isinstance(optimizer, NativeAdamW | NativeLamb):
+        return optimizer.clipped_step(largest)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    optimizer.step()
+    return norm
+
+
+def _takes_native(impl: str, parameters: list[nn.Parameter]) -> bool:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}; got {impl!r}")
+    reason = unserved_reason(parameters)
+    if impl == "native" and reason is not None:
+        raise UnsupportedError(f"build_optimizer(impl='native'): {reason}")
+    return impl != "torch" and reason is None

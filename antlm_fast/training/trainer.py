@@ -21,9 +21,10 @@ from antlm_fast.schedule import Schedule
 from antlm_fast.training.batch_plan import BatchPlan, steps_per_epoch
 from antlm_fast.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from antlm_fast.training.config import TrainConfig
+from antlm_fast.training.freed_memory import freed_memory_is_kept
 from antlm_fast.training.lr_schedule import lr_at
 from antlm_fast.training.metrics import MetricsLog
-from antlm_fast.training.optimizer import build_optimizer
+from antlm_fast.training.optimizer import begin_step, build_optimizer, clipped_step
 from antlm_fast.training.progress import Progress
 from antlm_fast.training.weight_average import WeightAverage
 from antlm_fast.types import InputError, Objective, PackedBatch, Vocabulary
@@ -119,8 +120,10 @@ class Trainer:
                 tensorboard=self.config.logging.tensorboard,
             )
             progress = Progress(self.timeline.total_steps, state.step)
+            on_cpu = self.device.type == "cpu"
             try:
-                self._train(state.step, log, progress)
+                with freed_memory_is_kept() if on_cpu else contextlib.nullcontext():
+                    self._train(state.step, log, progress)
             finally:
                 progress.close()
                 log.close()
@@ -196,7 +199,7 @@ class Trainer:
         batches = list(self._train_batches(step))
         labelled = max(sum(sum(batch.num_labelled.values()) for batch in batches), 1)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        begin_step(self.model, self.optimizer, num_micro_batches=len(batches), precision=config.precision)
         for micro_batch, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(config.seed, step, micro_batch, RANK))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -211,9 +214,7 @@ class Trainer:
             for objective, value in sums.items():
                 self._loss_sums[objective] = self._loss_sums.get(objective, self._scalar(0.0)) + value.detach()
                 self._loss_counts[objective] = self._loss_counts.get(objective, 0) + batch.num_labelled[objective]
-        largest = config.optimizer.clip_norm if config.optimizer.clip_norm is not None else math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        self.optimizer.step()
+        grad_norm = clipped_step(self.model, self.optimizer, config.optimizer.clip_norm)
         if self.average is not None:
             self.average.update()
         return grad_norm, sum(batch.num_tokens for batch in batches)

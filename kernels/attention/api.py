@@ -10,9 +10,11 @@ import torch
 from antlm_fast.kernels.attention import reference, torch_impl
 from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tensors, options, visibility
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
+from antlm_fast.kernels.native import library as native
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 _MAX_TRITON_HEAD_DIM = 256
+_MAX_NATIVE_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,24 @@ def triton_unsupported_reason(call: AttentionCall) -> str | None:
     return unavailable_reason(call.device_type)
 
 
+def native_unsupported_reason(call: AttentionCall) -> str | None:
+    if call.head_dim > _MAX_NATIVE_HEAD_DIM:
+        return f"the C++ kernels take a head_dim of at most {_MAX_NATIVE_HEAD_DIM}, not {call.head_dim}"
+    return native.unavailable_reason(call.device_type, call.dtype)
+
+
+def _native_dense(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from antlm_fast.kernels.attention import native_impl
+
+    return native_impl.attention(*args, **options)
+
+
+def _native_varlen(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from antlm_fast.kernels.attention import native_impl
+
+    return native_impl.attention_varlen(*args, **options)
+
+
 def _triton_dense(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     from antlm_fast.kernels.attention import triton_impl
 
@@ -55,11 +75,13 @@ def _triton_varlen(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tens
 # the order is the preference of impl="auto"
 DENSE: Table[AttentionCall] = {
     "triton": Implementation(triton_unsupported_reason, _triton_dense),
+    "native": Implementation(native_unsupported_reason, _native_dense),
     "torch": Implementation(_serves_everything, torch_impl.attention),
     "reference": Implementation(_serves_everything, reference.attention),
 }
 VARLEN: Table[AttentionCall] = {
     "triton": Implementation(triton_unsupported_reason, _triton_varlen),
+    "native": Implementation(native_unsupported_reason, _native_varlen),
     "torch": Implementation(_serves_everything, torch_impl.attention_varlen),
     "reference": Implementation(_serves_everything, reference.attention_varlen),
 }

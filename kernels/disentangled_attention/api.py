@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from antlm_fast.kernels.attention.api import AttentionCall, triton_unsupported_reason
+from antlm_fast.kernels.attention.api import AttentionCall, native_unsupported_reason, triton_unsupported_reason
 from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tensors, options, visibility
 from antlm_fast.kernels.disentangled_attention import reference, torch_impl
 from antlm_fast.kernels.disentangled_attention.buckets import check_sizes
@@ -17,6 +17,12 @@ from antlm_fast.kernels.dispatch import Implementation, Table, choose
 
 def _serves_everything(call: AttentionCall) -> str | None:
     return None
+
+
+def _native(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from antlm_fast.kernels.disentangled_attention import native_impl
+
+    return native_impl.disentangled_attention_varlen(*args, **options)
 
 
 def _triton(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -28,6 +34,7 @@ def _triton(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | No
 # the order is the preference of impl="auto"
 VARLEN: Table[AttentionCall] = {
     "triton": Implementation(triton_unsupported_reason, _triton),
+    "native": Implementation(native_unsupported_reason, _native),
     "torch": Implementation(_serves_everything, torch_impl.disentangled_attention_varlen),
     "reference": Implementation(_serves_everything, reference.disentangled_attention_varlen),
 }

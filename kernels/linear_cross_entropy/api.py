@@ -9,9 +9,10 @@ from typing import Any, Literal, overload
 import torch
 
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
-from antlm_fast.kernels.linear_cross_entropy import reference, torch_impl
+from antlm_fast.kernels.linear_cross_entropy import native_impl, reference, torch_impl
 from antlm_fast.kernels.linear_cross_entropy.contract import LossMetrics, LossOptions, RowResults
 from antlm_fast.kernels.linear_cross_entropy.labelled import IGNORE_INDEX, LabelledRows, labelled_rows
+from antlm_fast.kernels.native import library
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,6 +38,10 @@ def _serves_everything(call: LinearCrossEntropyCall) -> str | None:
     return None
 
 
+def _native_unsupported_reason(call: LinearCrossEntropyCall) -> str | None:
+    return library.unavailable_reason(call.device_type, call.dtype)
+
+
 def _triton_unsupported_reason(call: LinearCrossEntropyCall) -> str | None:
     if call.dtype == torch.float64:
         return "the Triton kernels compute float16, bfloat16 and float32, not float64"
@@ -51,6 +56,7 @@ def _triton(*args: Any) -> RowResults:
 
 # the order is the preference of impl="auto"
 TABLE: Table[LinearCrossEntropyCall] = {
+    "native": Implementation(_native_unsupported_reason, native_impl.forward),
     "torch": Implementation(_serves_everything, torch_impl.forward),
     "triton": Implementation(_triton_unsupported_reason, _triton),
     "reference": Implementation(_serves_everything, reference.forward),

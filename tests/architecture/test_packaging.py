@@ -19,7 +19,8 @@ def installed(tmp_path_factory):
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("site-packages")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    # the C++ kernels take a minute to compile, and are tested where the package is installed
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"ANTLM_FAST_NATIVE": "0"}, check=True, capture_output=True)
     return folder
 
 
@@ -38,12 +39,13 @@ def run(code, folder):
 
 def kernel_files(folder):
     """What the kernels are made of: sources and tables of tiles."""
-    return {path.relative_to(folder) for pattern in ("*.py", "*.json") for path in folder.rglob(pattern)}
+    patterns = ("*.py", "*.json", "*.cpp", "*.h")
+    return {path.relative_to(folder) for pattern in patterns for path in folder.rglob(pattern)}
 
 
 def test_a_wheel_holds_every_kernel_file(installed):
     sources = kernel_files(ROOT / "kernels")
-    assert Path("attention/tiles.json") in sources
+    assert {Path("attention/tiles.json"), Path("native/attention.cpp"), Path("native/simd.h")} <= sources
     assert kernel_files(installed / "antlm_fast" / "kernels") == sources | {Path("__init__.py")}
     # what an exported model needs to be loaded elsewhere
     assert (installed / "antlm_fast" / "models" / "modeling_antlm_bert.py").is_file()
@@ -64,11 +66,45 @@ def test_an_sdist_holds_every_kernel_file(tmp_path):
 
 
 @pytest.fixture
-def prime(monkeypatch):
-    """setup.py's function that compiles kernels while it builds."""
+def setup_py(monkeypatch):
+    """What setup.py defines."""
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    return runpy.run_path(str(ROOT / "setup.py"))["prime"]
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture
+def prime(setup_py):
+    """setup.py's function that compiles the Triton kernels while it builds."""
+    return setup_py["prime"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C++ kernels are built on Linux")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no-such-compiler cannot be run"), ("false", "false failed on cpu.cpp")],
+)
+def test_without_a_compiler_that_works_the_install_goes_on(setup_py, tmp_path, monkeypatch, capfd, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    setup_py["compile_native"](tmp_path)
+    assert capfd.readouterr().err.startswith(f"the C++ kernels are left out, the others serve: {reason}")
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setenv("ANTLM_FAST_NATIVE", "0")
+    setup_py["compile_native"](tmp_path)
+    assert not capfd.readouterr().err
+
+
+def test_the_library_is_made_of_the_sources_beside_it(tmp_path):
+    build = pytest.importorskip("antlm_fast.kernels.native.build")
+    for path in (*build.FOLDER.glob("*.cpp"), *build.FOLDER.glob("*.h")):
+        shutil.copy(path, tmp_path)
+    assert build.sources_hash(tmp_path) == build.sources_hash()
+    (tmp_path / "simd.h").write_text("// changed\n")
+    assert build.sources_hash(tmp_path) != build.sources_hash()
+    library = tmp_path / "library.so"
+    assert not build.is_current(library)
+    library.write_bytes(b"..." + build.sources_hash().encode() + b"...")
+    assert build.is_current(library)
 
 
 def test_a_build_that_shall_compile_kernels_says_what_is_missing(prime, tmp_path, monkeypatch):

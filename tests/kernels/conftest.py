@@ -15,8 +15,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # an implementation's ways that small CPU tensors do not take, forced; "triton small" has small tiles, so that short
 # sequences cross many of their edges
-PLAIN = ("reference", "torch", "torch, all fused", "torch, device plan")
-RELATIVE = ("reference", "torch", "torch, all recomputed", "torch, device plan")
+PLAIN = ("reference", "native", "torch", "torch, all fused", "torch, device plan")
+RELATIVE = ("reference", "native", "torch", "torch, all recomputed", "torch, device plan")
 TRITON = ("triton", "triton small")
 SMALL_TILES = {"delta": (128, 16), "forward": (32, 32), "dq": (32, 32), "dkdv": (32, 32)}
 LARGE_TILES = {"delta": (128, 16), "forward": (128, 128), "dq": (128, 128), "dkdv": (128, 128)}

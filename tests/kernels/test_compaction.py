@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from antlm_fast.kernels.linear_cross_entropy import compact_labelled, labelled, linear_cross_entropy
+from antlm_fast.kernels.native.library import unavailable_reason
 
 IGNORED = -100
 TARGETS = torch.tensor([IGNORED, 3, IGNORED, 0, 2])
+REASON = unavailable_reason("cpu", torch.float32)
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))
 
 
 @pytest.fixture(params=["host", "device"])
@@ -97,7 +100,7 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
         compact_labelled(**{"targets": TARGETS, **change})
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", NATIVE])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_metrics_are_those_of_all_logits(on_device: bool, impl: str, reduction: str) -> None:
     torch.manual_seed(0)
@@ -126,7 +129,7 @@ def test_metrics_are_those_of_all_logits(on_device: bool, impl: str, reduction: 
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", NATIVE])
 def test_sums_by_group_of_a_mixed_batch(on_device: bool, impl: str) -> None:
     """Two objectives in one pass: the sums are those of a pass for each; a third group is empty."""
     torch.manual_seed(0)
@@ -147,8 +150,10 @@ def test_sums_by_group_of_a_mixed_batch(on_device: bool, impl: str) -> None:
         metrics.by_group(groups[1:], 3)
 
 
-def test_ties_count_as_right() -> None:
-    _, metrics = linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]), return_metrics=True)
+@pytest.mark.parametrize("impl", ["reference", "torch", NATIVE])
+def test_ties_count_as_right(impl: str) -> None:
+    targets = torch.tensor([0, 3])
+    _, metrics = linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), targets, return_metrics=True, impl=impl)
     assert metrics.correct.tolist() == [True, True]
 
 

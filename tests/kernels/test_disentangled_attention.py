@@ -18,6 +18,7 @@ from antlm_fast.kernels.dispatch import UnsupportedError
 from antlm_fast.testing.budget import assert_within_budget
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NOT_COMPUTED = {"triton": (torch.float64,), "native": (torch.float64, torch.float16)}
 TERMS = ("both", "q_rel", "k_rel", "none")
 KINDS = ("causal", "full", "one tensor flag", "mixed", "prefix")
 GRADIENTS = ("d_q", "d_k", "d_v", "d_q_rel", "d_k_rel")
@@ -67,7 +68,7 @@ def test_bucket_sizes_that_cannot_be(name: str, value: Any, error: type[Exceptio
 
 def _column(impl: str, *values: float) -> torch.Tensor:
     """(n, 1, 1): one head, head_dim 1; in the widest dtype of the implementation."""
-    return torch.tensor(values, dtype=torch.float32 if impl == "triton" else torch.float64).view(-1, 1, 1)
+    return torch.tensor(values, dtype=torch.float32 if impl in NOT_COMPUTED else torch.float64).view(-1, 1, 1)
 
 
 def _assert_is(actual: torch.Tensor, *values: float) -> None:
@@ -147,8 +148,8 @@ def _results(
 def _assert_all_within_budget(
     tensors: dict[str, torch.Tensor], dtype: torch.dtype, impl: str, packed: tuple[Any, ...] = (), **options: Any
 ) -> None:
-    if impl == "triton" and dtype == torch.float64:
-        with pytest.raises(UnsupportedError, match="not float64"):
+    if dtype in NOT_COMPUTED.get(impl, ()):
+        with pytest.raises(UnsupportedError, match=f"not {str(dtype).removeprefix('torch.')}"):
             _results(tensors, dtype, impl, packed, **options)
         return
     # the exact result is that of the inputs as the dtype holds them
@@ -309,8 +310,8 @@ def test_queries_of_some_rows_are_those_rows(relative_impl: str, kind: str, drop
 @pytest.mark.parametrize("kind", ["causal", "full", "prefix"])
 @pytest.mark.parametrize("terms", ["both", "q_rel", "k_rel"])
 def test_gradcheck(relative_impl: str, kind: str, terms: str) -> None:
-    if relative_impl == "triton":
-        pytest.skip("gradcheck needs float64, which the Triton kernels do not compute")
+    if relative_impl in NOT_COMPUTED:
+        pytest.skip(f"gradcheck needs float64, which {relative_impl} does not compute")
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, length, 2, 3, dtype=torch.float64, requires_grad=True) for length in (7, 6, 6))
     tables = [torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -13,6 +13,7 @@ import torch
 from antlm_fast.kernels import attention as attention_op
 from antlm_fast.kernels import linear_cross_entropy as loss_op
 from antlm_fast.kernels.dispatch import IMPLS, Implementation, ImplementationRow, UnsupportedError, choose, survey
+from antlm_fast.kernels.native import library as native
 from antlm_fast.kernels.triton_support import availability
 
 
@@ -93,16 +94,22 @@ def test_every_op_exports_a_table_of_known_names_with_a_reference() -> None:
         assert set(table) <= set(IMPLS) - {"auto"}
 
 
-def test_ops_name_themselves_and_the_missing_implementation() -> None:
+def test_ops_name_themselves_and_why_the_kernels_in_c_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_loaded", lambda: "the C++ kernels are not built")
     x = torch.randn(1, 2, 1, 4)
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    message = r"{0}\(impl='{1}'\): this version has no {1} implementation of {0}$"
-    with pytest.raises(UnsupportedError, match=message.format("attention", "native")):
+    message = r"{0}\(impl='native'\): the C\+\+ kernels are not built$"
+    with pytest.raises(UnsupportedError, match=message.format("attention")):
         attention_op.attention(x, x, x, causal=True, impl="native")
-    with pytest.raises(UnsupportedError, match=message.format("attention_varlen", "native")):
+    with pytest.raises(UnsupportedError, match=message.format("attention_varlen")):
         attention_op.attention_varlen(x[0], x[0], x[0], cu, cu, 2, 2, causal=True, impl="native")
-    with pytest.raises(UnsupportedError, match=message.format("linear_cross_entropy", "native")):
+    with pytest.raises(UnsupportedError, match=message.format("linear_cross_entropy")):
         loss_op.linear_cross_entropy(x[0, :, 0], x[0, :, 0], torch.tensor([0, 1]), impl="native")
+    rows = survey("attention", attention_op.OPS["attention"], attention_op.AttentionCall("cpu", torch.bfloat16, 64, 8, 8))
+    assert [(row.impl, row.chosen) for row in rows if row.impl in ("native", "torch")] == [
+        ("native", False),
+        ("torch", True),
+    ]
 
 
 @pytest.mark.parametrize("missing", [False, True])

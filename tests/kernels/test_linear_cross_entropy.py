@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from antlm_fast.kernels.dispatch import UnsupportedError
-from antlm_fast.kernels.linear_cross_entropy import labelled, linear_cross_entropy, torch_impl
+from antlm_fast.kernels.linear_cross_entropy import labelled, linear_cross_entropy, native_impl, torch_impl
+from antlm_fast.kernels.native.library import unavailable_reason
 from antlm_fast.testing.budget import assert_within_budget
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,11 +26,12 @@ IGNORED = -100
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLAIN = ("reference", "torch", "torch, row by row", "torch, in blocks", "torch, on device", "reference, on device")
+NATIVE = ("native", "native, row by row", "native, on device")
 TRITON = ("triton", "triton, small", "triton, on device", "triton, small, on device")
 
 
 @pytest.fixture(
-    params=TRITON if INTERPRETED else [*PLAIN, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
+    params=TRITON if INTERPRETED else [*PLAIN, *NATIVE, *(pytest.param(way, marks=pytest.mark.gpu) for way in TRITON)]
 )
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An implementation, each of its ways: plain torch with chunks and with blocks of one row, Triton with small tiles.
@@ -37,9 +40,12 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     a GPU.
     """
     way: str = request.param
+    reason = unavailable_reason("cpu", torch.float32)
+    if way in NATIVE and reason is not None:
+        pytest.skip(reason)
     if way.endswith("row by row"):
-        rows = lambda run: [slice(row, row + 1) for row in range(max(run.hidden.shape[0], 1))]  # noqa: E731
-        monkeypatch.setattr(torch_impl._Run, "chunks", rows)
+        monkeypatch.setattr(torch_impl._Run, "chunks", lambda run: _row_by_row(run.hidden))
+        monkeypatch.setattr(native_impl, "_chunks", _row_by_row)
     if way.endswith("in blocks"):
         monkeypatch.setattr(torch_impl, "_BLOCK_KIB", 0)
     if way.endswith("on device"):
@@ -48,6 +54,11 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         set_small_tiles(monkeypatch)
     with torch.device("cuda" if way in TRITON and not INTERPRETED else "cpu"):
         yield way.split(",")[0]
+
+
+def _row_by_row(hidden: torch.Tensor, *_: Any) -> list[slice]:
+    rows = hidden.shape[0]
+    return [slice(row, min(row + 1, rows)) for row in range(max(rows, 1))]
 
 
 def set_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +71,19 @@ def set_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launches, "_SPLIT_COLS", 64)
 
 
+# what an implementation computes, and how it says so of the rest
+LIMITED = {
+    "triton": ((torch.float16, torch.bfloat16, torch.float32), "compute float16, bfloat16 and float32, not"),
+    "native": ((torch.bfloat16, torch.float32), "compute float32 and bfloat16, not"),
+}
+
+
+def _serves(impl: str, dtype: torch.dtype) -> bool:
+    return impl not in LIMITED or dtype in LIMITED[impl][0]
+
+
 def _finest(impl: str) -> torch.dtype:
-    return torch.float32 if impl == "triton" else torch.float64
+    return torch.float64 if _serves(impl, torch.float64) else torch.float32
 
 
 def _inputs(rows: int = 13, hidden_size: int = 12, vocab: int = 17, labels: str = "some") -> dict[str, torch.Tensor]:
@@ -141,9 +163,21 @@ def _results(inputs: dict[str, torch.Tensor], dtype: torch.dtype, impl: str, **o
     return dict(zip(("loss", "lse", "d_hidden", "d_weight", "d_bias"), (loss.detach(), lse, *gradients), strict=True))
 
 
+@contextmanager
+def _bias_after_rounding() -> Iterator[None]:
+    """The reference rounds where the native implementation does: a product's logits, to which it adds the bias."""
+
+    def rounded_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight) + bias.float()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", rounded_product)
+        yield
+
+
 def _assert_all_within_budget(inputs: dict[str, torch.Tensor], dtype: torch.dtype, impl: str, **options: Any) -> None:
-    if dtype not in (_finest(impl), torch.float32, torch.bfloat16, torch.float16):
-        with pytest.raises(UnsupportedError, match="compute float16, bfloat16 and float32, not float64"):
+    if not _serves(impl, dtype):
+        with pytest.raises(UnsupportedError, match=f"{LIMITED[impl][1]} {str(dtype).removeprefix('torch.')}"):
             _results(inputs, dtype, impl, **options)
         return
     # the exact result is that of the inputs as the dtype holds them
@@ -153,7 +187,8 @@ def _assert_all_within_budget(inputs: dict[str, torch.Tensor], dtype: torch.dtyp
     if dtype == torch.float64:
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
         return
-    eager = _results(rounded, dtype, "reference", **options)
+    with _bias_after_rounding() if impl == "native" else nullcontext():
+        eager = _results(rounded, dtype, "reference", **options)
     for name, wanted in exact.items():
         assert_within_budget(name, actual[name], wanted, eager[name], 3.0 if name.startswith("d_") else 2.0)
 
@@ -190,6 +225,8 @@ def test_no_label_gives_zero_loss_and_gradients(impl: str, reduction: str, rows:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_probabilities_near_one_keep_their_gradient(impl: str, dtype: torch.dtype, reduction: str) -> None:
     """p = 0.999 at the target: p - 1 formed in bfloat16 would be 0 or 4 times too large."""
+    if not _serves(impl, dtype):
+        pytest.skip(f"{impl} does not compute {dtype}")
     hidden = torch.tensor([[1.0]], dtype=dtype, requires_grad=True)
     weight = torch.tensor([[7.0], [0.0]], dtype=dtype, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.tensor([0]), reduction=reduction, impl=impl)
@@ -209,7 +246,7 @@ def test_extreme_logits_stay_finite(impl: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck(impl: str, reduction: str) -> None:
     if _finest(impl) != torch.float64:
-        pytest.skip("gradcheck needs float64, which the Triton kernels do not compute")
+        pytest.skip(f"gradcheck needs float64, which {impl} does not compute")
     inputs = _inputs(rows=4, hidden_size=3, vocab=5)
     leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
 

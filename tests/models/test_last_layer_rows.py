@@ -115,11 +115,40 @@ def test_only_the_labelled_rows_are_computed_where_at_most_half_are_labelled(arc
     assert computed == [30, 30, 30, 16]
 
 
-def test_baby_llama_gives_the_rows_of_the_whole(tokens):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    made = BabyLlama(BabyLlamaConfig(vocab_size=31, **sizes)).double()
-    ids, rows = tokens(2, 9), torch.tensor([0, 8, 9, 13])
-    every = made.hidden_states(ids, causal=True).flatten(0, 1)
-    assert torch.equal(made.hidden_states(ids, causal=True, rows=rows), every[rows])
-    assert_same(made, batch("mixed", tokens(30)))
+@pytest.fixture
+def baby_llama():
+    def make(kv_heads):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        made = BabyLlama(BabyLlamaConfig(vocab_size=31, num_key_value_heads=kv_heads, **sizes)).double()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.mul_(4.0) if parameter.ndim > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("name", list(BATCHES))
+def test_baby_llama_gives_the_rows_of_the_whole(name, impl, kv_heads, baby_llama, tokens):
+    made, ids, rows = baby_llama(kv_heads), tokens(2, 9), torch.tensor([0, 8, 9, 13])
+    every = made.hidden_states(ids, causal=True, impl=impl).flatten(0, 1)
+    some = made.hidden_states(ids, causal=True, rows=rows, impl=impl)
+    torch.testing.assert_close(some, every[rows], rtol=1e-11, atol=1e-11)
+    assert_same(made, batch(name, tokens(30)), impl=impl)
+
+
+@pytest.mark.parametrize(("kv_heads", "queries"), [(None, 15), (2, 0)])
+def test_baby_llama_computes_only_the_labelled_rows(kv_heads, queries, baby_llama, tokens):
+    """Where key heads are shared, queries of all rows are a part of one product with keys and values."""
+    made = baby_llama(kv_heads)
+    computed = {}
+    for name, part in made.model.named_modules():
+        part.register_forward_hook(lambda _, inputs, __, name=name: computed.update({name: len(inputs[0])}))
+    made.loss_sums(batch("half", tokens(30)))
+    parts = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
+    assert [computed[f"layers.0.{part}"] for part in parts] == [30, 30, 30, 30]
+    assert [computed[f"layers.1.{part}"] for part in parts] == [30, 15, 15, 15]
+    assert computed.get("layers.1.self_attn.q_proj", 0) == queries

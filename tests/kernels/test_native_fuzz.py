@@ -1,0 +1,125 @@
+"""Random calls of the C++ kernels against the float64 reference, on every instruction set of this machine.
+
+A few cases in the suite. `make sanitize` runs ten thousand with the sanitizers: ANTLM_FAST_FUZZ_CASES is how many,
+ANTLM_FAST_FUZZ_LIBRARY the library that was built with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from antlm_fast.kernels.attention import attention_varlen
+from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
+from antlm_fast.kernels.native import library as native
+from antlm_fast.testing.budget import assert_within_budget
+
+CASES = int(os.environ.get("ANTLM_FAST_FUZZ_CASES", "12"))
+LIBRARY = Path(os.environ.get("ANTLM_FAST_FUZZ_LIBRARY", native.FOLDER / native.LIBRARY))
+REASON = native.unavailable_reason("cpu", torch.float32)
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+fuzzed = settings(
+    max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+
+LENGTHS = st.one_of(st.sampled_from([0, 1, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127]), st.integers(0, 150))
+HEAD_DIMS = st.sampled_from([1, 3, 8, 16, 31, 32, 33, 64, 64, 80, 128, 200, 256])
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """The kernels of one instruction set serve while this is open."""
+    loaded = native.Library(LIBRARY, name)
+    with mock.patch.object(native, "_loaded", lambda: loaded):
+        yield
+    native.Library(LIBRARY)  # tiles are switched on and off for the whole process
+
+
+@st.composite
+def calls(draw: st.DrawFn, *, relative: bool) -> dict[str, Any]:
+    """Tensors in float64, the packing and the options of a call."""
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    head_dim, kv_heads = draw(HEAD_DIMS), draw(st.integers(1, 2))
+    heads = kv_heads * (1 if relative else draw(st.integers(1, 3)))
+    lengths_q = draw(st.lists(LENGTHS, max_size=4))
+    lengths_k = [draw(st.one_of(st.just(length), LENGTHS)) for length in lengths_q]
+    options: dict[str, Any] = {}
+    slack_q, slack_k = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    if relative and draw(st.booleans()):
+        places = [sorted(draw(st.sets(st.integers(0, length - 1), max_size=length))) for length in lengths_k if length]
+        lengths_k, lengths_q = [length for length in lengths_k if length], [len(own) for own in places]
+        options["positions_q"] = torch.tensor([*chain(*places), *[0] * slack_q], dtype=torch.int32)
+    starts = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (lengths_q, lengths_k)]
+    total_q, total_k = sum(lengths_q) + slack_q, sum(lengths_k) + slack_k
+    shapes = [(total_q, heads, head_dim), (total_k, kv_heads, head_dim), (total_k, kv_heads, head_dim)]
+    inputs: list[torch.Tensor | None] = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    if relative:
+        rows = 2 * draw(st.sampled_from([2, 3, 8, 32, 40])) - 1
+        for _ in range(2):
+            there = draw(st.booleans())
+            inputs.append(torch.randn(rows, heads, head_dim, dtype=torch.float64) if there else None)
+        options["max_position"] = draw(st.sampled_from([2, 16, 128, 512]))
+    if draw(st.booleans()):
+        options["causal"] = draw(st.booleans())
+    else:
+        prefixes = [draw(st.integers(-3, 160)) for _ in lengths_q]
+        options["prefix_len"] = torch.tensor(prefixes, dtype=torch.int32)
+    if draw(st.booleans()):
+        options |= {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "dropout_seed": draw(st.integers(0, 2**62))}
+    options["softmax_scale"] = draw(st.sampled_from([None, 0.1, -0.2, 0.0]))
+    packing = (*starts, max(lengths_q, default=0), max(lengths_k, default=0))
+    upstream = torch.randn(shapes[0], dtype=torch.float64)
+    return {"inputs": inputs, "packing": packing, "options": options, "upstream": upstream}
+
+
+def results(op: Any, call: dict[str, Any], dtype: torch.dtype, impl: str) -> dict[str, torch.Tensor]:
+    inputs = [None if x is None else x.to(dtype).requires_grad_() for x in call["inputs"]]
+    out, lse = op(*inputs, *call["packing"], **call["options"], return_lse=True, impl=impl)
+    there = {f"d_{place}": x for place, x in enumerate(inputs) if x is not None}
+    upstream = call["upstream"].to(dtype)
+    gradients = torch.autograd.grad(out, list(there.values()), upstream, allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), "lse": lse, **dict(zip(there, gradients, strict=True))}
+
+
+def check(op: Any, call: dict[str, Any], name: str, dtype: torch.dtype) -> None:
+    call["inputs"] = [None if x is None else x.to(dtype).double() for x in call["inputs"]]
+    exact, eager = results(op, call, torch.float64, "reference"), results(op, call, dtype, "reference")
+    with instruction_set(name):
+        found, again = results(op, call, dtype, "native"), results(op, call, dtype, "native")
+    # of random calls some have gradients that cancel: what rounds is as large as the largest of them
+    largest = max((x.abs().max().item() for key, x in exact.items() if key.startswith("d_") and x.numel()), default=0.0)
+    for key, wanted in exact.items():
+        assert torch.equal(found[key], again[key]), f"{key} is another when the call is repeated"
+        if wanted.numel():
+            scale = largest if key.startswith("d_") else 1.0
+            assert_within_budget(key, found[key], wanted, eager[key], 8.0, scale=scale)
+
+
+NAMES = () if REASON is not None else native.Library(LIBRARY).available
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@fuzzed
+@given(call=calls(relative=False))
+def test_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
+    check(attention_varlen, call, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@fuzzed
+@given(call=calls(relative=True))
+def test_disentangled_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
+    check(disentangled_attention_varlen, call, name, dtype)
