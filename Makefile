@@ -48,6 +48,18 @@ test: lint native
 native: $(VENV)/dev.installed
 	$(BIN)/python -m antlm_fast.kernels.native.build --if-needed || true
 
+# CASES random calls of each op, dtype and instruction set: ten thousand in all, which takes an hour and more
+CASES ?= 320
+PRELOADED = $$(g++ -print-file-name=lib$(1).so)
+FUZZ = ANTLM_FAST_FUZZ_CASES=$(CASES) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/kernels/test_native_fuzz.py
+sanitize: native
+	$(BIN)/python -m antlm_fast.kernels.native.build --sanitize address --output build/native-address.so
+	LD_PRELOAD="$(call PRELOADED,asan) $(call PRELOADED,ubsan)" ASAN_OPTIONS=detect_leaks=0 \
+	  ANTLM_FAST_FUZZ_LIBRARY=build/native-address.so $(FUZZ)
+	$(BIN)/python -m antlm_fast.kernels.native.build --sanitize thread --output build/native-thread.so
+	LD_PRELOAD="$(call PRELOADED,tsan)" TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+	  ANTLM_FAST_FUZZ_LIBRARY=build/native-thread.so $(FUZZ)
+
 ir: $(VENV)/dev.installed
 	@if $(PIP) install --no-deps --ignore-requires-python '$(TTSEM)'; \
 	then OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels/ir; \

@@ -20,7 +20,7 @@ from sizes import DTYPES
 from torch import Tensor
 from torch.nn import functional as F
 
-from antlm_fast.models import baby_llama
+from antlm_fast.kernels import fused_layers
 from antlm_fast.testing.budget import assert_within_budget
 
 Function = Callable[..., Any]
@@ -41,21 +41,51 @@ def rms_norm_by_hand(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tenso
     return weight * scaled.to(total.dtype), total
 
 
+def fused_rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total, normed = fused_layers.add_norm(x, residual, weight=weight, eps=EPS)
+    return normed, total
+
+
 def layer_norm(x: Tensor) -> Tensor:
     """LTG-BERT's, without affine parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-7)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def fused_layer_norm(x: Tensor) -> Tensor:
+    return fused_layers.layer_norm(x, eps=1e-7)
+
+
+def swiglu(wide: Tensor) -> Tensor:
+    gate, up = wide.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
+def geglu(wide: Tensor) -> Tensor:
+    gate, up = wide.chunk(2, dim=-1)
     return up * F.gelu(gate, approximate="tanh")
 
 
+def fused_unit(wide: Tensor, activation: str) -> Tensor:
+    return fused_layers.gated_unit(wide, activation=activation, gate_first=True)
+
+
+def in_halves(function: Function) -> Function:
+    """A peer that takes gate and value apart, of one projection's output."""
+    return lambda wide: function(*wide.chunk(2, dim=-1))
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return baby_llama._rotate(q, (cos, sin)), baby_llama._rotate(k, (cos, sin))
+    """As transformers' apply_rotary_pos_emb."""
+    return _rotated(q, cos.to(q.dtype), sin.to(q.dtype)), _rotated(k, cos.to(k.dtype), sin.to(k.dtype))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def fused_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return fused_layers.rotary(q, cos, sin), fused_layers.rotary(k, cos, sin)
 
 
 def layers_suite(bench: Bench) -> Iterator[list[Row]]:
@@ -68,36 +98,41 @@ def layers_suite(bench: Bench) -> Iterator[list[Row]]:
 
         angles = torch.rand(tokens, 1, hidden // heads, generator=generator) * 6.28
         tables = [x.to(bench.device) for x in (angles.cos(), angles.sin())]
-        eager: dict[str, tuple[Function, list[Tensor], dict[str, Function]]] = {
+        # plain torch, ours, inputs, further peers
+        cases: dict[str, tuple[Function, Function, list[Tensor], dict[str, Function]]] = {
             "RMSNorm + residual": (
                 rms_norm_residual,
+                fused_rms_norm_residual,
                 [draw(tokens, hidden), draw(tokens, hidden), draw(hidden)],
                 {
                     "by hand": rms_norm_by_hand,
                     "Liger": functools.partial(operations.liger_rms_norm, eps=EPS),
                 },
             ),
-            "LayerNorm": (layer_norm, [draw(tokens, hidden)], {}),
+            "LayerNorm": (layer_norm, fused_layer_norm, [draw(tokens, hidden)], {}),
             "SwiGLU": (
                 swiglu,
-                [draw(tokens, intermediate), draw(tokens, intermediate)],
-                {"Liger": operations.liger_swiglu},
+                functools.partial(fused_unit, activation="silu"),
+                [draw(tokens, 2 * intermediate)],
+                {"Liger": in_halves(operations.liger_swiglu)},
             ),
             "GEGLU": (
                 geglu,
-                [draw(tokens, intermediate), draw(tokens, intermediate)],
-                {"Liger": operations.liger_geglu},
+                functools.partial(fused_unit, activation="gelu_tanh"),
+                [draw(tokens, 2 * intermediate)],
+                {"Liger": in_halves(operations.liger_geglu)},
             ),
             "RoPE": (
                 functools.partial(_with_tables, rope, tables),
+                functools.partial(_with_tables, fused_rope, tables),
                 [draw(tokens, heads, hidden // heads), draw(tokens, heads, hidden // heads)],
                 {},
             ),
         }
         providers = []
-        for case, (function, inputs, peers) in eager.items():
+        for case, (function, ours, inputs, peers) in cases.items():
             compiled = torch.compile(function, dynamic=False) if bench.sizes.compiled else not_compiled
-            ways = {"antlm_fast": function, "torch.compile": compiled, **peers}
+            ways = {"antlm_fast": ours, "torch": function, "torch.compile": compiled, **peers}
             # gradients in and out, the tensors and what comes out: each once
             moved = 4 * sum(x.numel() for x in inputs) * BYTES[dtype_name]
             providers += [

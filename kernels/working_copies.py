@@ -80,7 +80,11 @@ def working_copy(weights: torch.Tensor | tuple[torch.Tensor, ...], dtype: torch.
             for part, weight, state, old in zip(found.parts, weights, states, found.states, strict=True):
                 if state != old:
                     part.copy_(weight)
-        found.states[:] = states
+        found.states = list(states)
+        for weight in weights:  # this is the copy that `destination` shall name
+            kept = _copies[id(weight)]
+            kept.remove(found)
+            kept.append(found)
     return found.values
 
 
@@ -98,7 +102,11 @@ def may_keep(weights: tuple[torch.Tensor, ...]) -> bool:
 
 
 def destination(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor | None:
-    """Where a kept copy has this weight: rows of it for an optimizer to write, or None. The most recently made."""
+    """Where a kept copy has this weight: rows of it for an optimizer to write, or None.
+
+    Of several copies it is the one that was last out of date: of a model that multiplies by queries, keys and values
+    together under one objective and apart under the other, those of the present one.
+    """
     for copy in reversed(_copies.get(id(weight), ())):
         if copy.values.dtype == dtype:
             part = copy.parts[_place_of(weight, copy)]
@@ -134,7 +142,8 @@ def _make(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> _Copy:
         kept = _copies.setdefault(key, [])
         # of another shape, the weight's data were exchanged: that copy can never be used again
         kept[:] = [old for old in kept if old.parts[_place_of(weight, old)].shape == weight.shape]
-        kept.append(copy)
+        if copy not in kept:  # a weight may be there twice
+            kept.append(copy)
     return copy
 
 
@@ -162,7 +171,9 @@ def _outdate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             for copy in _copies.get(id(weight), ()):
-                copy.states[_place_of(weight, copy)] = None
+                copy.states = [
+                    None if held() is weight else state for held, state in zip(copy.weights, copy.states, strict=True)
+                ]
 
 
 # not to be traced: torch.compiler.disable without its import of dynamo, which takes two seconds

@@ -66,9 +66,14 @@ INLINE Sums add_row(const AddNorm& call, index_t row) {
     RowMask mask(call.dropout, row);
     bool drops = call.dropout.active;
     return fold_columns<Sums>(call.columns, [&](Sums sums, auto c) ALWAYS_INLINE {
+        will_read(x, c, call.columns);
+        will_write(total, c, call.columns);
         f32x16 v = load(x, c);
         if (drops) v = mask.apply(c.at, v);
-        if (residual) v += load(residual, c);
+        if (residual) {
+            will_read(residual, c, call.columns);
+            v += load(residual, c);
+        }
         v = only(c, as_stored(total, v));
         store(total, c, v);
         return with(sums, v);
@@ -82,6 +87,7 @@ INLINE void norm_row(const AddNorm& call, const R* row, Sums sums, O* out, float
     stats[1] = s.inverse;
     const float *weight = call.weight, *bias = call.bias;
     for_columns(call.columns, [&](auto c) ALWAYS_INLINE {
+        will_write(out, c, call.columns);
         f32x16 v = (load(row, c) - s.mean) * s.inverse;
         if (weight) v *= load(weight, c);
         if (bias) v += load(bias, c);
@@ -99,8 +105,10 @@ void add_norm(const AddNorm& call, int threads) {
             if (call.total)
                 sums = add_row<X, R>(call, row);
             else
-                sums = fold_columns<Sums>(
-                    call.columns, [&](Sums found, auto c) ALWAYS_INLINE { return with(found, load(source, c)); });
+                sums = fold_columns<Sums>(call.columns, [&](Sums found, auto c) ALWAYS_INLINE {
+                    will_read(source, c, call.columns);
+                    return with(found, load(source, c));
+                });
             if (call.normed) norm_row(call, source, sums, (O*)call.normed + row * call.columns, call.stats + 2 * row);
         }
     });
@@ -129,6 +137,8 @@ INLINE RowMeans gradient_means(const AddNormGradient& call, const R* total, cons
                                float* weight_sum, float* bias_sum) {
     const float* weight = call.weight;
     Sums sums = fold_columns<Sums>(call.columns, [&](Sums found, auto c) ALWAYS_INLINE {
+        will_read(d_normed, c, call.columns);
+        will_read(total, c, call.columns);
         f32x16 g = load(d_normed, c), unit = (load(total, c) - s.mean) * s.inverse;
         if (weight_sum) store(weight_sum, c, fma(g, unit, load(weight_sum, c)));
         if (bias_sum) store(bias_sum, c, g + load(bias_sum, c));
@@ -157,14 +167,24 @@ INLINE void gradient_row(const AddNormGradient& call, index_t row, float* weight
     RowMask mask(call.dropout, row);
     bool drops = call.dropout.active;
     for_columns(call.columns, [&](auto c) ALWAYS_INLINE {
-        f32x16 v = d_total ? load(d_total, c) : splat(0.0f);
+        f32x16 v{};
+        if (d_total) {
+            will_read(d_total, c, call.columns);
+            v = load(d_total, c);
+        }
         if (d_normed) {
             f32x16 g = load(d_normed, c), unit = (load(total, c) - s.mean) * s.inverse;
             if (weight) g *= load(weight, c);
             v = fma(g - means.gradient - unit * means.product, splat(s.inverse), v);
         }
-        if (d_residual) store(d_residual, c, v);
-        if (d_x) store(d_x, c, drops ? mask.apply(c.at, v) : v);
+        if (d_residual) {
+            will_write(d_residual, c, call.columns);
+            store(d_residual, c, v);
+        }
+        if (d_x) {
+            will_write(d_x, c, call.columns);
+            store(d_x, c, drops ? mask.apply(c.at, v) : v);
+        }
     });
 }
 

@@ -18,6 +18,8 @@ struct Rotary {
     index_t tokens, heads, head_dim;
     index_t token_stride, head_stride, out_token_stride, out_head_stride;
     bool transposed;  // for the gradient
+
+    bool heads_are_neighbours() const { return head_stride == head_dim && out_head_stride == head_dim; }
 };
 
 // the tables at sixteen columns of the first half and at those of the second
@@ -27,7 +29,8 @@ struct Turn {
     index_t half;
     f32x16 cos_first, cos_second, to_first, to_second;
 
-    ALWAYS_INLINE Turn(const Rotary& call, const float* cos, const float* sin, C c) : columns(c), half(call.head_dim / 2) {
+    ALWAYS_INLINE Turn(const Rotary& call, const float* cos, const float* sin, C c)
+        : columns(c), half(call.head_dim / 2) {
         cos_first = load(cos, c);
         cos_second = load(cos + half, c);
         f32x16 sin_first = load(sin, c), sin_second = load(sin + half, c);
@@ -66,8 +69,8 @@ INLINE void rotate_token(const Rotary& call, const T* x, T* out, const float* co
 
 template <class T>
 INLINE void copy_token(const Rotary& call, const T* x, T* out) {
-    bool side_by_side = call.head_stride == call.head_dim && call.out_head_stride == call.head_dim;
-    index_t pieces = side_by_side ? 1 : call.heads, size = side_by_side ? call.heads * call.head_dim : call.head_dim;
+    bool whole = call.heads_are_neighbours();
+    index_t pieces = whole ? 1 : call.heads, size = whole ? call.heads * call.head_dim : call.head_dim;
     for (index_t piece = 0; piece < pieces; ++piece)
         std::memcpy(out + piece * call.out_head_stride, x + piece * call.head_stride, size * sizeof(T));
 }
@@ -75,11 +78,18 @@ INLINE void copy_token(const Rotary& call, const T* x, T* out) {
 template <class T>
 void rotary(const Rotary& call, int threads) {
     constexpr index_t grain = 16;
+    // a token is a short piece of a long row: too short for the processor to see where the next one lies
+    constexpr index_t ahead = 8, line = 64 / sizeof(T);
     parallel_ranges(call.tokens, grain, threads, [&](index_t first, index_t end) {
         for (index_t token = first; token < end; ++token) {
             const T* x = (const T*)call.x + token * call.token_stride;
             T* out = (T*)call.out + token * call.out_token_stride;
             index_t row = token * call.head_dim;
+            if (call.heads_are_neighbours())
+                for (index_t at = 0; at < call.heads * call.head_dim; at += line) {
+                    will_read(x, Whole{at}, ahead * call.token_stride);
+                    if (out != x) will_write(out, Whole{at}, ahead * call.out_token_stride);
+                }
             if (call.cos)
                 rotate_token(call, x, out, call.cos + row, call.sin + row);
             else

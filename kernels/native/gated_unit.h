@@ -94,13 +94,18 @@ void gated_unit(const GatedUnit& call, int threads) {
         for (index_t row = first; row < end; ++row) {
             const X *gate = (const X*)call.gate + row * call.stride, *value = (const X*)call.value + row * call.stride;
             O* out = (O*)call.out + row * call.columns;
+            auto gated = [&](auto c) ALWAYS_INLINE {
+                will_read(gate, c, call.stride);
+                will_read(value, c, call.stride);
+                will_write(out, c, call.columns);
+                return A::at(load(gate, c)).value * load(value, c);
+            };
             if (!product) {
-                for_columns(call.columns,
-                            [&](auto c) ALWAYS_INLINE { store(out, c, A::at(load(gate, c)).value * load(value, c)); });
+                for_columns(call.columns, [&](auto c) ALWAYS_INLINE { store(out, c, gated(c)); });
                 continue;
             }
             Sums sums = fold_columns<Sums>(call.columns, [&](Sums found, auto c) ALWAYS_INLINE {
-                f32x16 v = A::at(load(gate, c)).value * load(value, c);
+                f32x16 v = gated(c);
                 store(product, c, v);
                 return with(found, v);
             });
@@ -128,10 +133,11 @@ INLINE void gated_gradient(C c, Activated a, f32x16 value, f32x16 d_product, X* 
 }
 
 // the product is formed once more; its activations and slopes are kept for the second pass over the row
-template <class A, class X, class O>
+template <class A, class X, class O, class Prepare>
 INLINE void normed_gradient_row(index_t columns, const X* gate, const X* value, const O* d_out, RowStatistics s,
-                                X* d_gate, X* d_value, float* activated, float* slopes) {
+                                X* d_gate, X* d_value, float* activated, float* slopes, const Prepare& prepare) {
     Sums sums = fold_columns<Sums>(columns, [&](Sums found, auto c) ALWAYS_INLINE {
+        prepare(c);
         Activated a = A::at(load(gate, c));
         f32x16 g = load(d_out, c), unit = (a.value * load(value, c) - s.mean) * s.inverse;
         store(activated, c, a.value);
@@ -156,13 +162,21 @@ void gated_unit_gradient(const GatedUnitGradient& call, int threads) {
             const X *gate = (const X*)call.gate + row * call.stride, *value = (const X*)call.value + row * call.stride;
             const O* d_out = (const O*)call.d_out + row * call.columns;
             X *d_gate = (X*)call.d_gate + row * call.d_stride, *d_value = (X*)call.d_value + row * call.d_stride;
+            auto prepare = [&](auto c) ALWAYS_INLINE {
+                will_read(gate, c, call.stride);
+                will_read(value, c, call.stride);
+                will_read(d_out, c, call.columns);
+                will_write(d_gate, c, call.d_stride);
+                will_write(d_value, c, call.d_stride);
+            };
             if (memory) {
                 RowStatistics s{call.stats[2 * row], call.stats[2 * row + 1]};
                 normed_gradient_row<A>(call.columns, gate, value, d_out, s, d_gate, d_value, memory,
-                                       memory + call.columns);
+                                       memory + call.columns, prepare);
                 continue;
             }
             for_columns(call.columns, [&](auto c) ALWAYS_INLINE {
+                prepare(c);
                 gated_gradient(c, A::at(load(gate, c)), load(value, c), load(d_out, c), d_gate, d_value);
             });
         }

@@ -68,6 +68,16 @@ template <class T>
 LANES_INLINE inline void store(T* row, Part c, f32x16 v) {
     store_first(row + c.at, v, c.count);
 }
+// asks for the same columns `distance` numbers further on, which are read (written) soon; past the end nothing happens
+template <class T, class C>
+INLINE void will_read(const T* row, C c, index_t distance) {
+    __builtin_prefetch((const void*)((std::uintptr_t)(row + c.at) + distance * sizeof(T)));
+}
+template <class T, class C>
+INLINE void will_write(const T* row, C c, index_t distance) {
+    __builtin_prefetch((const void*)((std::uintptr_t)(row + c.at) + distance * sizeof(T)), 1);
+}
+
 // 0 past the last column
 INLINE f32x16 only(Whole, f32x16 v) { return v; }
 INLINE f32x16 only(Part c, f32x16 v) { return select(lane_numbers() < c.count, v, splat(0.0f)); }

@@ -276,6 +276,23 @@ def test_an_optimizer_may_write_the_copy():
     mark_current(nn.Parameter(torch.ones(2, 2)))  # has none: nothing to mark
 
 
+def test_a_weight_may_be_there_twice():
+    module = nn.Linear(IN_FEATURES, 8, bias=False)
+    twice = (module.weight, module.weight)
+    working_copy(twice, BFLOAT16)
+    step_that_moves_one_element(module)
+    assert torch.equal(working_copy(twice, BFLOAT16), cast(twice))
+
+
+def test_of_several_copies_the_one_in_use_is_written():
+    weights, _ = parameters()
+    joint, alone = tuple(weights), (weights[0],)
+    for used in (joint, alone, joint, alone):
+        nn.init.normal_(weights[0])
+        kept = working_copy(used, BFLOAT16)
+        assert destination(weights[0]).data_ptr() == kept.data_ptr()
+
+
 def test_a_graph_does_not_take_later_weights_for_its_own():
     weights, _ = parameters()
     with torch.autocast("cpu", BFLOAT16):

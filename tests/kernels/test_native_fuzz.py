@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from antlm_fast.kernels.attention import attention_varlen
 from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
+from antlm_fast.kernels.fused_layers import add_norm, gated_unit
+from antlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from antlm_fast.kernels.native import library as native
 from antlm_fast.testing.budget import assert_within_budget
 
@@ -97,6 +99,15 @@ def check(op: Any, call: dict[str, Any], name: str, dtype: torch.dtype) -> None:
     exact, eager = results(op, call, torch.float64, "reference"), results(op, call, dtype, "reference")
     with instruction_set(name):
         found, again = results(op, call, dtype, "native"), results(op, call, dtype, "native")
+    assert_alike(found, again, exact, eager)
+
+
+def assert_alike(
+    found: dict[str, torch.Tensor],
+    again: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    eager: dict[str, torch.Tensor],
+) -> None:
     # of random calls some have gradients that cancel: what rounds is as large as the largest of them
     largest = max((x.abs().max().item() for key, x in exact.items() if key.startswith("d_") and x.numel()), default=0.0)
     for key, wanted in exact.items():
@@ -123,3 +134,83 @@ def test_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
 @given(call=calls(relative=True))
 def test_disentangled_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
     check(disentangled_attention_varlen, call, name, dtype)
+
+
+SIZES = st.one_of(st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 64, 127]), st.integers(0, 80))
+
+
+def gradients_of(
+    out: torch.Tensor, inputs: dict[str, torch.Tensor | None], upstream: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    there = {f"d_{key}": x for key, x in inputs.items() if x is not None}
+    found = torch.autograd.grad(
+        out, list(there.values()), upstream.to(out.dtype), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(there, found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@fuzzed
+@given(data=st.data())
+def test_linear_cross_entropy(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    rows, hidden, vocab = data.draw(SIZES), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    made = {"hidden": torch.randn(rows, hidden), "weight": torch.randn(vocab, hidden) / hidden**0.5}
+    made["bias"] = torch.randn(vocab) if data.draw(st.booleans()) else None
+    targets = torch.randint(vocab, (rows,)).where(torch.rand(rows) < data.draw(st.sampled_from([0.0, 0.15, 1.0])), -100)
+    options: dict[str, Any] = {
+        "reduction": data.draw(st.sampled_from(["none", "sum", "mean"])),
+        "z_loss": data.draw(st.sampled_from([0.0, 1e-2])),
+        "label_smoothing": data.draw(st.sampled_from([0.0, 0.1])),
+        "softcap": data.draw(st.sampled_from([None, 5.0])),
+    }
+    upstream = torch.rand(rows if options["reduction"] == "none" else ()) + 0.5
+
+    def run(kind: torch.dtype, impl: str) -> dict[str, torch.Tensor]:
+        inputs = {key: None if x is None else x.to(dtype).to(kind).requires_grad_() for key, x in made.items()}
+        weights = (inputs["hidden"], inputs["weight"], targets)
+        loss, lse = linear_cross_entropy(*weights, bias=inputs["bias"], **options, return_lse=True, impl=impl)
+        return {"loss": loss.detach(), "lse": lse, **gradients_of(loss, inputs, upstream)}
+
+    exact, eager = run(torch.float64, "reference"), run(dtype, "reference")
+    with instruction_set(name):
+        found, again = run(dtype, "native"), run(dtype, "native")
+    assert_alike(found, again, exact, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@fuzzed
+@given(data=st.data())
+def test_fused_layers(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    rows, columns = data.draw(SIZES), data.draw(st.integers(1, 150))
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    kind, eps = data.draw(st.sampled_from(["rms", "layer"])), data.draw(st.sampled_from([1e-6, 1e-2]))
+    p, activation = data.draw(st.sampled_from([0.0, 0.3])), data.draw(st.sampled_from(["silu", "gelu_tanh", "gelu"]))
+    affine, gate_first, inner = (data.draw(st.booleans()) for _ in range(3))
+    made = {
+        "x": torch.randn(rows, columns),
+        "residual": torch.randn(rows, columns),
+        "wide": torch.randn(rows, 2 * columns),
+    }
+    made |= {"weight": torch.randn(columns), "bias": torch.randn(columns)} if affine else {}
+    upstream = torch.randn(rows, columns)
+
+    def run(as_dtype: torch.dtype, impl: str) -> dict[str, torch.Tensor]:
+        inputs = {key: x.to(dtype).to(as_dtype).requires_grad_() for key, x in made.items()}
+        weight, bias = inputs.get("weight"), inputs.get("bias") if kind == "layer" else None
+        total, normed = add_norm(
+            inputs["x"], inputs["residual"], weight=weight, bias=bias, eps=eps, kind=kind, dropout_p=p, dropout_seed=3,
+            impl=impl,
+        )  # fmt: skip
+        unit = gated_unit(
+            inputs["wide"], activation=activation, gate_first=gate_first, norm_eps=1e-2 if inner else None, impl=impl
+        )
+        out = normed + unit
+        return {"total": total.detach(), "out": out.detach(), **gradients_of(out, inputs, upstream)}
+
+    exact, eager = run(torch.float64, "reference"), run(dtype, "reference")
+    with instruction_set(name):
+        found, again = run(dtype, "native"), run(dtype, "native")
+    assert_alike(found, again, exact, eager)
