@@ -105,7 +105,8 @@ def test_ops_name_themselves_and_why_the_kernels_in_c_cannot_serve(monkeypatch: 
         attention_op.attention_varlen(x[0], x[0], x[0], cu, cu, 2, 2, causal=True, impl="native")
     with pytest.raises(UnsupportedError, match=message.format("linear_cross_entropy")):
         loss_op.linear_cross_entropy(x[0, :, 0], x[0, :, 0], torch.tensor([0, 1]), impl="native")
-    rows = survey("attention", attention_op.OPS["attention"], attention_op.AttentionCall("cpu", torch.bfloat16, 64, 8, 8))
+    call = attention_op.AttentionCall("cpu", torch.bfloat16, 64, 8, 8)
+    rows = survey("attention", attention_op.OPS["attention"], call)
     assert [(row.impl, row.chosen) for row in rows if row.impl in ("native", "torch")] == [
         ("native", False),
         ("torch", True),

@@ -36,7 +36,8 @@ def test_numbers(rows, out_rows, columns):
         found = weight_gradient(dy, x, dtype=dtype, column_sums=sums)
         assert found.dtype == dtype
         if found.numel():
-            assert_within_budget("gradient", found, exact, eager.to(dtype), slack=3.0)
+            # terms of size 1 that cancel: a single sum may come out small, and plain code's error with it
+            assert_within_budget("gradient", found, exact, eager.to(dtype), slack=3.0, scale=math.sqrt(rows))
         if out_rows:
             assert_within_budget("sums", sums, dy.double().sum(0), dy.float().sum(0), scale=math.sqrt(rows))
         assert torch.equal(found, weight_gradient(dy, x, dtype=dtype))
