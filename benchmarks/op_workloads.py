@@ -251,7 +251,7 @@ def tiny(
 
 
 def not_compiled(*_: object, **__: object) -> Tensor:
-    raise Told("nothing is compiled at these sizes: it takes half a minute; see --sizes full")
+    raise Told("nothing was compiled in this run, which takes half a minute and more (--sizes full without --uncompiled)")
 
 
 def _too_slow(*_: object, **__: object) -> Tensor:

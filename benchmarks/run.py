@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--sizes", choices=SIZES, default="full", help="of the workloads; tiny only tries the code out")
     sizes.add_argument("--quick", action="store_const", dest="sizes", const="quick", help="the same as --sizes quick")
     found.add_argument("--minutes", type=float, help="the most that each suite may take; default: see sizes.py")
+    found.add_argument("--uncompiled", action="store_true", help="leave torch.compile out: minutes on a slow machine")
     found.add_argument("--every-variant", action="store_true", help="all of transformers' variants in each scene")
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found.add_argument("--output", type=Path, metavar="FILE.json", help="write samples and environment; CSV, pictures")
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten()
     sizes = every_variant(SIZES[arguments.sizes]) if arguments.every_variant else SIZES[arguments.sizes]
+    if arguments.uncompiled:
+        sizes = replace(sizes, compiled=False)
     device = "cpu" if arguments.dry_run else arguments.device  # fake tensors stand for the device's
     surroundings = environment(device)
     for name, value in surroundings.items():

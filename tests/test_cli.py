@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from antlm_fast.cli import main
+from antlm_fast.kernels.native import library as native
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +172,8 @@ def test_recipes_and_doctor_tell_what_there_is(capsys, monkeypatch):
     assert reason is not None
     assert told.count(f"  triton     {reason}\n") == 4  # three of attention, linear_cross_entropy
     assert "fused attention and loss on GPUs (extra: gpu)" in told
-    assert told.count("torch      serves, and auto takes it") == 4
+    taken = "torch" if native.unavailable_reason("cpu", torch.bfloat16) else "native"
+    assert told.count(f"  {taken:11}serves, and auto takes it") == 4
 
 
 def test_a_run_that_exists_is_never_overwritten(run, capsys):

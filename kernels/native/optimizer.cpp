@@ -230,7 +230,10 @@ EXPORT(lamb)(const void* table, const void* settings, void* partial, index_t cou
     for (index_t number = 0; number < count; ++number) {
         const Tensor& tensor = tensors[number];
         const LambSettings& s = all[number];
-        auto end_of = [&](index_t block) { return (block + 1) * BLOCK < tensor.size ? (block + 1) * BLOCK : tensor.size; };
+        auto end_of = [&](index_t block) {
+            const index_t end = (block + 1) * BLOCK;
+            return end < tensor.size ? end : tensor.size;
+        };
         parallel_for(tensor.blocks(), (int)threads, [&](index_t block) {
             with_gradient(tensor, [&](auto gradient) {
                 lamb_gather(tensor, gradient, s, (float)factor, block * BLOCK, end_of(block), norms + 2 * block);

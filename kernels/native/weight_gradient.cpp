@@ -1,6 +1,6 @@
 // The gradient of a linear layer's weight, out = dy^T x, by tiles (AMX). General libraries multiply a transposed left
-// factor at half of their speed: both factors have their reduction along rows, while tiles want pairs of neighbours along
-// it. Here they are brought into that order once, in pieces that stay in the second-level cache.
+// factor at half of their speed: both factors have their reduction along rows, while tiles want pairs of neighbours
+// along it. Here they are brought into that order once, in pieces that stay in the second-level cache.
 //
 //   x   (rows, columns)        -> panels of 32 columns: words of two rows, the whole of it before anything else
 //   dy  (rows, out_rows)       -> for a group of out_rows at a time, transposed: words of two rows again
