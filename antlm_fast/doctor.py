@@ -14,8 +14,12 @@ from antlm_fast.kernels.attention import OPS as ATTENTION_OPS
 from antlm_fast.kernels.attention import AttentionCall
 from antlm_fast.kernels.disentangled_attention import OPS as DISENTANGLED_ATTENTION_OPS
 from antlm_fast.kernels.dispatch import ImplementationRow, survey
+from antlm_fast.kernels.fused_layers import OPS as FUSED_LAYER_OPS
+from antlm_fast.kernels.fused_layers import FusedLayerCall
 from antlm_fast.kernels.linear_cross_entropy import OPS as CROSS_ENTROPY_OPS
 from antlm_fast.kernels.linear_cross_entropy import LinearCrossEntropyCall
+from antlm_fast.kernels.mixed_linear import OPS as MIXED_LINEAR_OPS
+from antlm_fast.kernels.mixed_linear import MixedLinearCall
 from antlm_fast.kernels.native import library as native
 from antlm_fast.pipeline import resolve_device, resolve_precision
 
@@ -57,6 +61,10 @@ def _operations(device: str) -> Iterator[tuple[str, list[ImplementationRow]]]:
     attention = AttentionCall(device_type=device, dtype=DTYPE, head_dim=64, heads=8, kv_heads=8)
     for op, table in (ATTENTION_OPS | DISENTANGLED_ATTENTION_OPS).items():
         yield op, survey(op, table, attention)
+    for op, layer_table in FUSED_LAYER_OPS.items():
+        yield op, survey(op, layer_table, FusedLayerCall(device, (DTYPE, torch.float32)))
+    for op, linear_table in MIXED_LINEAR_OPS.items():
+        yield op, survey(op, linear_table, MixedLinearCall(device, DTYPE))
     cross_entropy = LinearCrossEntropyCall(device_type=device, dtype=DTYPE, hidden_size=512, vocab_size=16001)
     for op, loss_table in CROSS_ENTROPY_OPS.items():
         yield op, survey(op, loss_table, cross_entropy)

@@ -251,7 +251,7 @@ def tiny(
 
 
 def not_compiled(*_: object, **__: object) -> Tensor:
-    raise Told("nothing was compiled in this run, which takes half a minute and more (--sizes full without --uncompiled)")
+    raise Told("nothing is compiled at these sizes, or with --uncompiled; see --sizes full")
 
 
 def _too_slow(*_: object, **__: object) -> Tensor:

@@ -102,7 +102,7 @@ class Stage:
         """A checked step of the variant, as a call that returns its own seconds."""
         variant, key = VARIANTS[name], self.key(objective)
         if variant.compiled and not self.bench.sizes.compiled:
-            raise Told("nothing was compiled in this run, which takes half a minute and more (--sizes full without --uncompiled)")
+            raise Told("nothing is compiled at these sizes, or with --uncompiled; see --sizes full")
         is_new = name not in self.workers
         worker = self.worker(name)
         limit = self.limit()
@@ -274,7 +274,7 @@ def _first_flip(
     first, second = stage.scene.objectives[:2]
     variant = VARIANTS[name]
     if variant.compiled and not stage.bench.sizes.compiled:
-        raise Told("nothing was compiled in this run, which takes half a minute and more (--sizes full without --uncompiled)")
+        raise Told("nothing is compiled at these sizes, or with --uncompiled; see --sizes full")
     worker = stage.worker(name)
     limit = stage.limit()
     for _ in range(2):

@@ -73,5 +73,5 @@ def rotary_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments as in reference."""
     q, k, v = x.split([heads, kv_heads, kv_heads], 1)
-    # v in rows of its own, as q and k: the Triton kernels are compiled ahead of time for such
-    return rotary(q, cos, sin), rotary(k, cos, sin), v.contiguous()
+    # v in rows of its own, as q and k: the Triton kernels are compiled ahead of time for such strides
+    return rotary(q, cos, sin), rotary(k, cos, sin), v.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 // Softmax attention over packed sequences, with or without relative positions: forward.
 //
-// One sequence and head at a time: its keys and values are packed, then 32 queries at a time: all their scores, softmax,
-// and the product with the values. Nothing quadratic is kept. The contracts are kernels/attention/api.py and
+// One sequence and head at a time: its keys and values are packed, then 32 queries at a time: all their scores,
+// softmax, and the product with the values. Nothing quadratic is kept. The contracts are kernels/attention/api.py and
 // kernels/disentangled_attention/api.py.
 
 #include "attention.h"
@@ -52,7 +52,8 @@ INLINE void largest_scores(const Attention& call, const std::int32_t* limits, in
         index_t j = 0;
         for (; j < all_see; ++j) most = maximum(most, load(product + j * BLOCK) * call.scale);
         for (; j < keys; ++j)
-            most = select(limit > splat_int((std::int32_t)j), maximum(most, load(product + j * BLOCK) * call.scale), most);
+            most =
+                select(limit > splat_int((std::int32_t)j), maximum(most, load(product + j * BLOCK) * call.scale), most);
         // a lane that sees nothing: its weights are to be 0 and not NaN
         largest[half] = select(most == -__builtin_inff(), f32x16{}, most);
     }
@@ -104,11 +105,11 @@ void forward_item(const Attention& call, In* out, float* sums, index_t s, index_
     [[maybe_unused]] const Tiles tiles;
 
     place_queries(call, seq, m.places, m.limits, m.dropout_rows);
-    pack_rows<E>(start_of<In>(call.k, seq.first_k, kv_head), call.k.row, seq.len_k, call.head_dim, m.k_rows, seq.padded_k,
-                 size.depth_words);
+    pack_rows<E>(start_of<In>(call.k, seq.first_k, kv_head), call.k.row, seq.len_k, call.head_dim, m.k_rows,
+                 seq.padded_k, size.depth_words);
     const index_t key_words = seq.padded_k / E::PER_WORD;
-    pack_rows<E>(start_of<In>(call.v, seq.first_k, kv_head), call.v.row, seq.len_k, call.head_dim, m.v_rows, seq.padded_k,
-                 size.depth_words);
+    pack_rows<E>(start_of<In>(call.v, seq.first_k, kv_head), call.v.row, seq.len_k, call.head_dim, m.v_rows,
+                 seq.padded_k, size.depth_words);
     const word* pairs = pairs_of_rows<E>(m.v_rows, seq.padded_k, size.depth, m.pairs);
     transpose_words(pairs, size.depth, key_words, size.depth, m.v_columns, m.key_pitch);
     if (call.k_rel.data) pack_table<E, In>(call, size, call.k_rel, head, m.table, m.k_rel_columns);
@@ -123,7 +124,8 @@ void forward_item(const Attention& call, In* out, float* sums, index_t s, index_
         pack_rows<E>(start_of<In>(call.q, seq.first_q + i, head), call.q.row, queries, call.head_dim, m.q_rows, BLOCK,
                      size.depth_words);
         transpose_words(m.q_rows, size.depth_words, BLOCK, size.depth_words, m.q_columns, BLOCK);
-        product<E>(keys, BLOCK, size.depth_words, m.k_rows, size.depth_words, m.q_columns, BLOCK, m.scores, BLOCK, false);
+        product<E>(keys, BLOCK, size.depth_words, m.k_rows, size.depth_words, m.q_columns, BLOCK, m.scores, BLOCK,
+                   false);
         if (call.relative()) {
             if (call.k_rel.data)
                 relative_terms<E>(size, m.q_rows, BLOCK, m.k_rel_columns, m.terms_space, m.query_terms);
@@ -135,12 +137,12 @@ void forward_item(const Attention& call, In* out, float* sums, index_t s, index_
         f32x16 largest[2], sum[2], factor[2];
         largest_scores(call, m.limits + i, keys, m.scores, largest);
         exponentials<E>(call, m.limits + i, m.dropout_rows + i, head, keys, m.scores, largest, m.weights, sum);
-        product<E>(size.depth, BLOCK, keys / E::PER_WORD, m.v_columns, m.key_pitch, m.weights, BLOCK, m.out_columns, BLOCK,
-                   false);
+        product<E>(size.depth, BLOCK, keys / E::PER_WORD, m.v_columns, m.key_pitch, m.weights, BLOCK, m.out_columns,
+                   BLOCK, false);
         for (int half = 0; half < 2; ++half)
             factor[half] = select(sum[half] == 0.0f, f32x16{}, (call.drops ? call.keep_scale : 1.0f) / sum[half]);
-        write_rows(m.out_columns, BLOCK, call.head_dim, factor, queries, out + (seq.first_q + i) * out_stride + head * call.head_dim,
-                   out_stride);
+        write_rows(m.out_columns, BLOCK, call.head_dim, factor, queries,
+                   out + (seq.first_q + i) * out_stride + head * call.head_dim, out_stride);
         for (int half = 0; half < 2 && half * LANES < queries; ++half) {
             const int n = (int)(queries - half * LANES < LANES ? queries - half * LANES : LANES);
             float* to = sums + head * call.total_q + seq.first_q + i + half * LANES;
@@ -169,38 +171,39 @@ void forward(const Attention& call, void* out, void* sums, int threads) {
 
 }  // namespace
 
-#define ATTENTION_PARAMETERS                                                                                              \
-    const void *q, const void *k, const void *v, const void *q_rel, const void *k_rel, const void *cu_q, const void *cu_k, \
-        const void *prefix, const void *positions, const void *buckets, const void *buckets_back, index_t q_row,           \
-        index_t q_head, index_t k_row, index_t k_head, index_t v_row, index_t v_head, index_t q_rel_row,                   \
-        index_t q_rel_head, index_t k_rel_row, index_t k_rel_head, index_t is_bf16, index_t num_seqs, index_t total_q,     \
-        index_t total_k, index_t heads, index_t kv_heads, index_t head_dim, index_t table_rows, index_t span,              \
-        index_t drops, index_t seed, index_t threshold, double scale, double keep_scale
+#define ATTENTION_PARAMETERS                                                                                        \
+    const void *q, const void *k, const void *v, const void *q_rel, const void *k_rel, const void *cu_q,            \
+        const void *cu_k, const void *prefix, const void *positions, const void *buckets, const void *buckets_back, \
+        index_t q_row, index_t q_head, index_t k_row, index_t k_head, index_t v_row, index_t v_head,                \
+        index_t q_rel_row, index_t q_rel_head, index_t k_rel_row, index_t k_rel_head, index_t is_bf16,              \
+        index_t num_seqs, index_t total_q, index_t total_k, index_t heads, index_t kv_heads, index_t head_dim,      \
+        index_t table_rows, index_t span, index_t drops, index_t seed, index_t threshold, double scale,             \
+        double keep_scale
 
-#define ATTENTION_CALL                                                                                                    \
-    const Attention call = {{q, q_row, q_head},                                                                           \
-                            {k, k_row, k_head},                                                                           \
-                            {v, v_row, v_head},                                                                           \
-                            {q_rel, q_rel_row, q_rel_head},                                                               \
-                            {k_rel, k_rel_row, k_rel_head},                                                               \
-                            (const std::int32_t*)cu_q,                                                                    \
-                            (const std::int32_t*)cu_k,                                                                    \
-                            (const std::int32_t*)prefix,                                                                  \
-                            (const std::int32_t*)positions,                                                               \
-                            (const std::uint16_t*)buckets,                                                                \
-                            (const std::uint16_t*)buckets_back,                                                           \
-                            span,                                                                                         \
-                            table_rows,                                                                                   \
-                            num_seqs,                                                                                     \
-                            total_q,                                                                                      \
-                            total_k,                                                                                      \
-                            heads,                                                                                        \
-                            kv_heads,                                                                                     \
-                            head_dim,                                                                                     \
-                            (float)scale,                                                                                 \
-                            drops != 0,                                                                                   \
-                            (std::uint64_t)seed,                                                                          \
-                            (std::uint32_t)threshold,                                                                     \
+#define ATTENTION_CALL                                          \
+    const Attention call = {{q, q_row, q_head},                 \
+                            {k, k_row, k_head},                 \
+                            {v, v_row, v_head},                 \
+                            {q_rel, q_rel_row, q_rel_head},     \
+                            {k_rel, k_rel_row, k_rel_head},     \
+                            (const std::int32_t*)cu_q,          \
+                            (const std::int32_t*)cu_k,          \
+                            (const std::int32_t*)prefix,        \
+                            (const std::int32_t*)positions,     \
+                            (const std::uint16_t*)buckets,      \
+                            (const std::uint16_t*)buckets_back, \
+                            span,                               \
+                            table_rows,                         \
+                            num_seqs,                           \
+                            total_q,                            \
+                            total_k,                            \
+                            heads,                              \
+                            kv_heads,                           \
+                            head_dim,                           \
+                            (float)scale,                       \
+                            drops != 0,                         \
+                            (std::uint64_t)seed,                \
+                            (std::uint32_t)threshold,           \
                             (float)keep_scale}
 
 EXPORT(attention_forward)(ATTENTION_PARAMETERS, void* out, void* sums, index_t threads) {
@@ -213,12 +216,19 @@ EXPORT(attention_forward)(ATTENTION_PARAMETERS, void* out, void* sums, index_t t
     forward<Float, float>(call, out, sums, (int)threads);
 }
 
-EXPORT(attention_backward)(ATTENTION_PARAMETERS, const void* d_out, index_t d_out_row, index_t d_out_head, const void* out,
-                           const void* sums, void* d_q, void* d_k, void* d_v, void* d_q_rel, void* d_k_rel, index_t groups,
-                           index_t threads) {
+EXPORT(attention_backward)(ATTENTION_PARAMETERS, const void* d_out, index_t d_out_row, index_t d_out_head,
+                           const void* out, const void* sums, void* d_q, void* d_k, void* d_v, void* d_q_rel,
+                           void* d_k_rel, index_t groups, index_t threads) {
     ATTENTION_CALL;
-    const Backward back = {{d_out, d_out_row, d_out_head}, out,    (const float*)sums, d_q, d_k, d_v, (float*)d_q_rel,
-                           (float*)d_k_rel,               groups};
+    const Backward back = {{d_out, d_out_row, d_out_head},
+                           out,
+                           (const float*)sums,
+                           d_q,
+                           d_k,
+                           d_v,
+                           (float*)d_q_rel,
+                           (float*)d_k_rel,
+                           groups};
 #if defined(__AVX512BF16__)
     if (is_bf16) return backward<Bf16, bf16>(call, back, (int)threads);
 #else

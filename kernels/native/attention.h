@@ -1,7 +1,7 @@
 // What forward and backward of attention share: the call, visibility, dropout, relative terms.
 //
-// Scores are held with a key a row and a query a lane: S^T = K Q^T. So all of softmax is vertical (no sum across lanes), a
-// query's limit is a lane's number, and the weights are born in the layout that the next product reads.
+// Scores are held with a key a row and a query a lane: S^T = K Q^T. So all of softmax is vertical (no sum across
+// lanes), a query's limit is a lane's number, and the weights are born in the layout that the next product reads.
 #pragma once
 
 #include "philox.h"
@@ -18,10 +18,10 @@ struct Strided {
 };
 
 struct Attention {
-    Strided q, k, v, q_rel, k_rel;       // (rows, heads, head_dim); no table: null
-    const std::int32_t *cu_q, *cu_k;     // (num_seqs + 1)
-    const std::int32_t* prefix;          // (num_seqs)
-    const std::int32_t* positions;       // (total_q): a query's place among its keys; null: the last ones
+    Strided q, k, v, q_rel, k_rel;                // (rows, heads, head_dim); no table: null
+    const std::int32_t *cu_q, *cu_k;              // (num_seqs + 1)
+    const std::int32_t* prefix;                   // (num_seqs)
+    const std::int32_t* positions;                // (total_q): a query's place among its keys; null: the last ones
     const std::uint16_t *buckets, *buckets_back;  // of distance d at [d + span], of -d at [d + span]
     index_t span, table_rows;
     index_t num_seqs, total_q, total_k, heads, kv_heads, head_dim;
@@ -117,20 +117,22 @@ void write_rows(const float* columns, index_t ld, index_t head_dim, const f32x16
     for (int half = 0; half < 2 && half * LANES < count; ++half)
         for (index_t d = 0; d < head_dim; d += LANES) {
             u32x16 block[16];
-            for (int i = 0; i < 16; ++i) block[i] = (u32x16)(load(columns + (d + i) * ld + half * LANES) * factor[half]);
+            for (int i = 0; i < 16; ++i)
+                block[i] = (u32x16)(load(columns + (d + i) * ld + half * LANES) * factor[half]);
             transpose(block);
             index_t rows = count - half * LANES < LANES ? count - half * LANES : LANES;
             int n = (int)(head_dim - d < LANES ? head_dim - d : LANES);
-            for (index_t i = 0; i < rows; ++i)
-                store_first(to + (half * LANES + i) * stride + d, (f32x16)block[i], n);
+            for (index_t i = 0; i < rows; ++i) store_first(to + (half * LANES + i) * stride + d, (f32x16)block[i], n);
         }
 }
 
 // ---- dropout: kernels/philox.py, 16 queries at a time, whose four words are four neighbouring keys
 
 // kept[n]: whether key 4 * group + n of each of 16 query rows is kept, as a mask of all ones or zeros
-INLINE void keep_masks(const Attention& call, index_t group, const std::uint32_t* rows, index_t head, i32x16 (&kept)[4]) {
-    u32x16 words[4] = {u32x16{} + (std::uint32_t)group, load_as<u32x16>(rows), u32x16{} + (std::uint32_t)head, u32x16{}};
+INLINE void keep_masks(const Attention& call, index_t group, const std::uint32_t* rows, index_t head,
+                       i32x16 (&kept)[4]) {
+    u32x16 words[4] = {u32x16{} + (std::uint32_t)group, load_as<u32x16>(rows), u32x16{} + (std::uint32_t)head,
+                       u32x16{}};
     philox(call.seed, words);
     for (int n = 0; n < 4; ++n) kept[n] = (i32x16)(words[n] >= call.threshold);
 }
@@ -189,7 +191,8 @@ template <class E>
 void narrow_rows(const float* from, index_t from_ld, index_t rows, index_t columns, word* to, index_t ld) {
     for (index_t r = 0; r < rows; ++r)
         for (index_t c = 0; c < columns; c += 2 * LANES)
-            store_row<E>(to + r * ld + c / E::PER_WORD, load(from + r * from_ld + c), load(from + r * from_ld + c + LANES));
+            store_row<E>(to + r * ld + c / E::PER_WORD, load(from + r * from_ld + c),
+                         load(from + r * from_ld + c + LANES));
 }
 template <class E>
 void narrow_pairs(const float* from, index_t from_ld, index_t rows, index_t columns, word* to, index_t ld) {

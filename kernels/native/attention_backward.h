@@ -1,8 +1,8 @@
 // Softmax attention, backward: dV = P^T dO, dS = P (dO V^T - delta) scale, dK = dS^T Q, dQ = dS K, tables alike.
 //
-// 32 keys at a time over all queries that see them: a strip of P^T and dS^T, whose products with dO and Q are those keys'
-// gradients, and a part of dQ^T = K^T dS^T. Scores are formed again, weights with the forward's sums. Each item (some sequences, one
-// key head) writes what no other writes, in an order that does not depend on threads.
+// 32 keys at a time over all queries that see them: a strip of P^T and dS^T, whose products with dO and Q are those
+// keys' gradients, and a part of dQ^T = K^T dS^T. Scores are formed again, weights with the forward's sums. Each item
+// (some sequences, one key head) writes what no other writes, in an order that does not depend on threads.
 #pragma once
 
 #include "attention.h"
@@ -11,8 +11,9 @@ namespace {
 
 struct Backward {
     Strided d_out;
-    const void* out;    // (total_q, heads, head_dim)
-    const float* sums;  // (2, heads, total_q): the largest score and the sum of exponentials over it; 0: nothing is seen
+    const void* out;  // (total_q, heads, head_dim)
+    const float*
+        sums;  // (2, heads, total_q): the largest score and the sum of exponentials over it; 0: nothing is seen
     void *d_q, *d_k, *d_v;
     float *d_q_rel, *d_k_rel;  // (groups, heads, table_rows, head_dim): partial sums over a group's sequences
     index_t groups;
@@ -128,8 +129,9 @@ void gradient_block(const Attention& call, const BackwardMemory<E>& m, index_t h
         }
         for (int n = 0; n < 4; n += 2)
             for (int half = 0; half < 2; ++half)
-                store_row_pair<E>(m.d_score_pairs + (pairs_row + j + n) / E::PER_WORD * m.query_pitch + q + half * LANES,
-                                  m.query_pitch, d_score[n][half], d_score[n + 1][half]);
+                store_row_pair<E>(
+                    m.d_score_pairs + (pairs_row + j + n) / E::PER_WORD * m.query_pitch + q + half * LANES,
+                    m.query_pitch, d_score[n][half], d_score[n + 1][half]);
         if (call.relative())
             for (int n = 0; n < 4; ++n)
                 for (int half = 0; half < 2; ++half)
@@ -189,8 +191,8 @@ void finish_terms(const Attention& call, const Sizes<E>& size, const BackwardMem
     const float* d_query_terms = m.d_query_terms + MARGIN;
     if (call.k_rel.data != nullptr && seq.padded_q > 0) {
         narrow_rows<E>(d_query_terms, m.strip_pitch, size.table, seq.padded_q, m.narrow, query_words);
-        product<E>(size.table, size.depth, query_words, m.narrow, query_words, m.q_pairs, size.depth, m.d_k_rel, size.depth,
-                   true);
+        product<E>(size.table, size.depth, query_words, m.narrow, query_words, m.q_pairs, size.depth, m.d_k_rel,
+                   size.depth, true);
         narrow_pairs<E>(d_query_terms, m.strip_pitch, size.table, seq.padded_q, m.narrow, seq.padded_q);
         product<E>(size.depth, seq.padded_q, size.table_words, m.k_rel_turned, size.table_words, m.narrow, seq.padded_q,
                    m.d_q_columns, m.query_pitch, true);
@@ -201,8 +203,8 @@ void finish_terms(const Attention& call, const Sizes<E>& size, const BackwardMem
                    true);
         narrow_pairs<E>(m.d_key_terms, seq.padded_k, size.table, seq.padded_k, m.narrow, seq.padded_k);
         transpose_words(m.narrow, seq.padded_k, size.table_words, seq.padded_k, m.turned, size.table_words);
-        product<E>(seq.padded_k, size.depth, size.table_words, m.turned, size.table_words, m.q_rel_pairs, size.depth, m.d_k,
-                   size.depth, true);
+        product<E>(seq.padded_k, size.depth, size.table_words, m.turned, size.table_words, m.q_rel_pairs, size.depth,
+                   m.d_k, size.depth, true);
     }
 }
 
@@ -246,7 +248,8 @@ void prepare_queries(const Attention& call, const Backward& back, const Sizes<E>
 template <class E>
 void clear_left(const Attention& call, const BackwardMemory<E>& m, index_t key, index_t first_of_dq, index_t begin) {
     for (index_t row = 0; row < BLOCK / E::PER_WORD; ++row)
-        clear(m.d_score_pairs + (key % KEYS_OF_DQ / E::PER_WORD + row) * m.query_pitch + first_of_dq, (begin - first_of_dq) * sizeof(word));
+        clear(m.d_score_pairs + (key % KEYS_OF_DQ / E::PER_WORD + row) * m.query_pitch + first_of_dq,
+              (begin - first_of_dq) * sizeof(word));
     if (call.relative())
         for (index_t j = 0; j < BLOCK; ++j) clear(m.strip + j * m.strip_pitch + begin, MARGIN * sizeof(float));
 }
@@ -276,8 +279,8 @@ void backward_head(const Attention& call, const Backward& back, const Sizes<E>& 
         clear_left<E>(call, m, key, first_of_dq, begin);
         for (index_t q = begin; q < seq.padded_q; q += QUERIES_OF_SCORES) {
             const index_t lanes = seq.padded_q - q < QUERIES_OF_SCORES ? BLOCK : QUERIES_OF_SCORES;
-            product<E>(BLOCK, lanes, size.depth_words, m.k_rows + key * size.depth_words, size.depth_words, m.q_columns + q,
-                       m.query_pitch, m.scores_block, lanes, false);
+            product<E>(BLOCK, lanes, size.depth_words, m.k_rows + key * size.depth_words, size.depth_words,
+                       m.q_columns + q, m.query_pitch, m.scores_block, lanes, false);
             product<E>(BLOCK, lanes, size.depth_words, m.v_rows + key * size.depth_words, size.depth_words,
                        m.d_out_columns + q, m.query_pitch, m.d_weights_block, lanes, false);
             for (index_t part = 0; part < lanes; part += BLOCK) {
@@ -312,8 +315,8 @@ void backward_head(const Attention& call, const Backward& back, const Sizes<E>& 
     const index_t row = call.heads * call.head_dim;
     In* d_q = (In*)back.d_q + seq.first_q * row + head * call.head_dim;
     for (index_t q = 0; q < seq.len_q; q += BLOCK)
-        write_rows(m.d_q_columns + q, m.query_pitch, call.head_dim, as_it_is, seq.len_q - q < BLOCK ? seq.len_q - q : BLOCK,
-                   d_q + q * row, row);
+        write_rows(m.d_q_columns + q, m.query_pitch, call.head_dim, as_it_is,
+                   seq.len_q - q < BLOCK ? seq.len_q - q : BLOCK, d_q + q * row, row);
 }
 
 template <class In>
@@ -332,8 +335,8 @@ void backward_sequence(const Attention& call, const Backward& back, const Sizes<
     pack_rows<E>(k, call.k.row, seq.len_k, call.head_dim, m.k_rows, seq.padded_k, size.depth_words);
     pairs_of_rows<E>(m.k_rows, seq.padded_k, size.depth, m.k_pairs);
     transpose_words(m.k_pairs, size.depth, key_words, size.depth, m.k_columns, m.key_pitch);
-    pack_rows<E>(start_of<In>(call.v, seq.first_k, kv_head), call.v.row, seq.len_k, call.head_dim, m.v_rows, seq.padded_k,
-                 size.depth_words);
+    pack_rows<E>(start_of<In>(call.v, seq.first_k, kv_head), call.v.row, seq.len_k, call.head_dim, m.v_rows,
+                 seq.padded_k, size.depth_words);
     clear(m.d_k, seq.padded_k * size.depth * sizeof(float));
     clear(m.d_v, seq.padded_k * size.depth * sizeof(float));
     for (index_t g = 0; g < group; ++g) backward_head<E, In>(call, back, size, m, seq, kv_head * group + g);
@@ -370,8 +373,8 @@ void backward_item(const Attention& call, const Backward& back, index_t group, i
         }
         if (call.q_rel.data != nullptr) {
             pack_table<E, In>(call, size, call.q_rel, kv_head, m.space, m.q_rel_columns);
-            pack_pairs<E>(start_of<In>(call.q_rel, 0, kv_head), call.q_rel.row, call.table_rows, call.head_dim, m.q_rel_pairs,
-                          size.table, size.depth);
+            pack_pairs<E>(start_of<In>(call.q_rel, 0, kv_head), call.q_rel.row, call.table_rows, call.head_dim,
+                          m.q_rel_pairs, size.table, size.depth);
         }
         for (index_t s = first; s < end; ++s) {
             const Sequence seq(call, s);
@@ -389,9 +392,8 @@ void backward_item(const Attention& call, const Backward& back, index_t group, i
 
 template <class E, class In>
 void backward(const Attention& call, const Backward& back, int threads) {
-    parallel_for(back.groups * call.kv_heads, threads, [&](index_t item) {
-        backward_item<E, In>(call, back, item / call.kv_heads, item % call.kv_heads);
-    });
+    parallel_for(back.groups * call.kv_heads, threads,
+                 [&](index_t item) { backward_item<E, In>(call, back, item / call.kv_heads, item % call.kv_heads); });
     const index_t first_q = call.cu_q[call.num_seqs], first_k = call.cu_k[call.num_seqs];
     const index_t row_q = call.heads * call.head_dim, row_k = call.kv_heads * call.head_dim;
     clear((In*)back.d_q + first_q * row_q, (call.total_q - first_q) * row_q * sizeof(In));

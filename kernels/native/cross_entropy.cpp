@@ -1,8 +1,8 @@
 // Linear cross-entropy between its products: logits become each row's loss and, in place, the loss's gradient.
 //
-// A row's logits are read from memory once: in 16 bits a vocabulary of 16k is 32 KiB, which stays in the core's cache for
-// the passes that follow (the largest logit; exponentials and their sum; the gradient). Arithmetic is in float32, and a
-// row is one thread's from start to end, so no number depends on how many threads there are.
+// A row's logits are read from memory once: in 16 bits a vocabulary of 16k is 32 KiB, which stays in the core's cache
+// for the passes that follow (the largest logit; exponentials and their sum; the gradient). Arithmetic is in float32,
+// and a row is one thread's from start to end, so no number depends on how many threads there are.
 
 #include <type_traits>
 
@@ -16,8 +16,8 @@ constexpr index_t PIECE = 1024;
 
 template <class T>
 struct Job {
-    T* logits;           // (rows, stride), in place: columns from vocab on are padding
-    const T* bias;       // (vocab,) or null: added here, in float32
+    T* logits;      // (rows, stride), in place: columns from vocab on are padding
+    const T* bias;  // (vocab,) or null: added here, in float32
     const index_t* targets;
     const std::uint8_t* counts;  // (rows,) or null: which rows count
     const float* upstream;       // (rows,) or null: multiplies the gradient
@@ -35,8 +35,10 @@ INLINE f32x16 load_some(const T* p, int n) {
 }
 template <class T>
 INLINE void store_some(T* p, f32x16 v, int n) {
-    if (n == LANES) store(p, v);
-    else store_first(p, v, n);
+    if (n == LANES)
+        store(p, v);
+    else
+        store_first(p, v, n);
 }
 
 // body(col, n) for n columns from col on: 16 at a time, and what is left
@@ -123,15 +125,17 @@ Sums add_up(const Job<T>& job, const T* row, float* kept, float largest) {
     f32x16 total{}, shifted{};
     in_pieces(job.vocab, [&](index_t first, index_t end) __attribute__((always_inline)) {
         f32x16 piece_total{}, piece_shifted{};
-        walk(first, end, COLUMNS {
-            f32x16 x = CAPPED ? load_some(kept + col, n) : logit(row, bias, col, n);
-            __builtin_prefetch(next + col, 1, 2);  // hides the way from the third-level cache; past the end it is nothing
-            x -= largest;
-            if (SMOOTHED) piece_shifted += only_first(x, n, 0.0f);
-            f32x16 e = exp(x);
-            piece_total += only_first(e, n, 0.0f);
-            if (keep) store_some(kept + col, e, n);
-        });
+        walk(
+            first, end, COLUMNS {
+                f32x16 x = CAPPED ? load_some(kept + col, n) : logit(row, bias, col, n);
+                __builtin_prefetch(next + col, 1,
+                                   2);  // hides the way from the third-level cache; past the end it is nothing
+                x -= largest;
+                if (SMOOTHED) piece_shifted += only_first(x, n, 0.0f);
+                f32x16 e = exp(x);
+                piece_total += only_first(e, n, 0.0f);
+                if (keep) store_some(kept + col, e, n);
+            });
         total += piece_total;
         if (SMOOTHED) shifted += piece_shifted;
     });
@@ -141,15 +145,16 @@ Sums add_up(const Job<T>& job, const T* row, float* kept, float largest) {
 // the gradient of the loss by the logits is p * (1 + 2 z lse) - smoothing / vocab, less 1 - smoothing at the target
 template <class T, bool CAPPED>
 void write_gradient(const Job<T>& job, T* row, const float* kept, float largest, float scale, float share) {
-    walk(0, job.vocab, COLUMNS {
-        f32x16 x = load_some(kept + col, n);
-        f32x16 d = (CAPPED ? exp(x - largest) : x) * scale - share;
-        if (CAPPED) {
-            f32x16 level = x * job.inverse_cap;
-            d *= 1.0f - level * level;
-        }
-        store_some(row + col, d, n);
-    });
+    walk(
+        0, job.vocab, COLUMNS {
+            f32x16 x = load_some(kept + col, n);
+            f32x16 d = (CAPPED ? exp(x - largest) : x) * scale - share;
+            if (CAPPED) {
+                f32x16 level = x * job.inverse_cap;
+                d *= 1.0f - level * level;
+            }
+            store_some(row + col, d, n);
+        });
 }
 
 INLINE float* kept_of(float* row, float*) { return row; }
@@ -244,8 +249,10 @@ void column_sums(const T* d_logits, const float* weights, float* total, index_t 
 
 template <class T>
 void run(Job<T> job, index_t rows, int threads) {
-    if (job.softcap != 0.0f) all_rows<T, true>(job, rows, threads);
-    else all_rows<T, false>(job, rows, threads);
+    if (job.softcap != 0.0f)
+        all_rows<T, true>(job, rows, threads);
+    else
+        all_rows<T, false>(job, rows, threads);
 }
 
 }  // namespace
@@ -259,13 +266,27 @@ EXPORT(cross_entropy_rows)
     auto start = [&](auto* typed) {
         using T = std::remove_pointer_t<decltype(typed)>;
         const float cap = (float)softcap;
-        Job<T> job{typed, (const T*)bias, (const index_t*)targets, (const std::uint8_t*)counts, (const float*)upstream,
-                   (float*)losses, (float*)lse, (std::uint8_t*)correct, vocab, stride, gradient != 0, cap,
-                   cap != 0.0f ? 1.0f / cap : 0.0f, (float)z_loss, (float)smoothing};
+        Job<T> job{typed,
+                   (const T*)bias,
+                   (const index_t*)targets,
+                   (const std::uint8_t*)counts,
+                   (const float*)upstream,
+                   (float*)losses,
+                   (float*)lse,
+                   (std::uint8_t*)correct,
+                   vocab,
+                   stride,
+                   gradient != 0,
+                   cap,
+                   cap != 0.0f ? 1.0f / cap : 0.0f,
+                   (float)z_loss,
+                   (float)smoothing};
         run(job, rows, (int)threads);
     };
-    if (is_bf16) start((bf16*)logits);
-    else start((float*)logits);
+    if (is_bf16)
+        start((bf16*)logits);
+    else
+        start((float*)logits);
 }
 
 // total (float32, columns) += weights^T @ d_logits; weights (float32, rows) may be null: all 1
@@ -274,5 +295,6 @@ EXPORT(cross_entropy_column_sums)
  index_t threads) {
     if (is_bf16)
         column_sums((const bf16*)d_logits, (const float*)weights, (float*)total, rows, columns, stride, (int)threads);
-    else column_sums((const float*)d_logits, (const float*)weights, (float*)total, rows, columns, stride, (int)threads);
+    else
+        column_sums((const float*)d_logits, (const float*)weights, (float*)total, rows, columns, stride, (int)threads);
 }

@@ -107,8 +107,9 @@ EXPORT(add_norm_forward)(const void* x, const void* residual, const void* weight
                          index_t drops, index_t seed, index_t threshold, double scale, index_t threads) {
     Dropout dropout = dropout_of(drops, seed, threshold, scale);
     Norm norm{is_layer_norm != 0, (float)eps};
-    AddNorm call{x, residual, (const float*)weight, (const float*)bias, total, normed, (float*)stats, rows, columns,
-                 dropout, norm};
+    AddNorm call{
+        x,       residual, (const float*)weight, (const float*)bias, total, normed, (float*)stats, rows, columns,
+        dropout, norm};
     by_type(x_is_bf16, [&](auto a) {
         by_type(total_is_bf16, [&](auto b) {
             by_type(normed_is_bf16, [&](auto c) {
@@ -126,8 +127,20 @@ EXPORT(add_norm_backward)(const void* d_total, const void* d_normed, const void*
                           index_t normed_is_bf16, index_t is_layer_norm, index_t drops, index_t seed, index_t threshold,
                           double scale, index_t threads) {
     Dropout dropout = dropout_of(drops, seed, threshold, scale);
-    AddNormGradient call{d_total, d_normed, total, (const float*)stats, (const float*)weight, d_x, d_residual,
-                         (float*)d_weight, (float*)d_bias, (float*)partials, rows, columns, blocks, dropout,
+    AddNormGradient call{d_total,
+                         d_normed,
+                         total,
+                         (const float*)stats,
+                         (const float*)weight,
+                         d_x,
+                         d_residual,
+                         (float*)d_weight,
+                         (float*)d_bias,
+                         (float*)partials,
+                         rows,
+                         columns,
+                         blocks,
+                         dropout,
                          is_layer_norm != 0};
     by_type(x_is_bf16, [&](auto a) {
         by_type(total_is_bf16, [&](auto b) {
@@ -146,9 +159,8 @@ EXPORT(gated_unit_forward)(const void* gate, const void* value, void* out, void*
     GatedUnit call{gate, value, out, (float*)stats, rows, columns, stride, {true, (float)eps}};
     by_activation(activation, [&](auto a) {
         by_type(x_is_bf16, [&](auto b) {
-            by_type(out_is_bf16, [&](auto c) {
-                gated_unit<decltype(a), decltype(b), decltype(c)>(call, (int)threads);
-            });
+            by_type(out_is_bf16,
+                    [&](auto c) { gated_unit<decltype(a), decltype(b), decltype(c)>(call, (int)threads); });
         });
     });
 }
@@ -159,9 +171,8 @@ EXPORT(gated_unit_backward)(const void* gate, const void* value, const void* d_o
     GatedUnitGradient call{gate, value, d_out, (const float*)stats, d_gate, d_value, rows, columns, stride, d_stride};
     by_activation(activation, [&](auto a) {
         by_type(x_is_bf16, [&](auto b) {
-            by_type(out_is_bf16, [&](auto c) {
-                gated_unit_gradient<decltype(a), decltype(b), decltype(c)>(call, (int)threads);
-            });
+            by_type(out_is_bf16,
+                    [&](auto c) { gated_unit_gradient<decltype(a), decltype(b), decltype(c)>(call, (int)threads); });
         });
     });
 }
@@ -170,7 +181,7 @@ EXPORT(gated_unit_backward)(const void* gate, const void* value, const void* d_o
 EXPORT(rotary)(const void* x, void* out, const void* cos, const void* sin, index_t tokens, index_t heads,
                index_t head_dim, index_t token_stride, index_t head_stride, index_t out_token_stride,
                index_t out_head_stride, index_t is_bf16, index_t transposed, index_t threads) {
-    Rotary call{x, out, (const float*)cos, (const float*)sin, tokens, heads, head_dim, token_stride, head_stride,
-                out_token_stride, out_head_stride, transposed != 0};
+    Rotary call{x,        out,          (const float*)cos, (const float*)sin, tokens,          heads,
+                head_dim, token_stride, head_stride,       out_token_stride,  out_head_stride, transposed != 0};
     by_type(is_bf16, [&](auto a) { rotary<decltype(a)>(call, (int)threads); });
 }

@@ -51,7 +51,7 @@ struct GeluTanh {
 // erfcx(|x| / sqrt 2) / 2 for the least relative error in |x| <= 14 (1.5e-7 before rounding, 5e-7 after).
 struct Gelu {
     static LANES_INLINE Activated at(f32x16 x) {
-        constexpr float q[8] = {1.1962929778e-1f, 1.2075397394e-1f,  9.9913368069e-2f,  1.2856207740e-1f,
+        constexpr float q[8] = {1.1962929778e-1f,  1.2075397394e-1f, 9.9913368069e-2f,  1.2856207740e-1f,
                                 -5.3684574097e-2f, 2.0635459814e-1f, -1.5720376080e-1f, 3.5674946670e-2f};
         constexpr float inverse_root = 0.3989422804014327f;  // 1 / sqrt(2 pi)
         f32x16 magnitude = select(x < 0.0f, -x, x);

@@ -1,8 +1,8 @@
 // Products of small packed matrices: C (M x N, float) = or += A (M x K) B (K x N).
 //
-// Both operands are matrices of 32-bit words. A word holds one float, or two neighbours along K of bfloat16 (the lower half
-// is the first). A is row by row, M x KW words, and B is KW x N words, so that both element types have one layout, one
-// transposition and one loop. M, N and KW are multiples of 16; zeros fill what a matrix does not have.
+// Both operands are matrices of 32-bit words. A word holds one float, or two neighbours along K of bfloat16 (the lower
+// half is the first). A is row by row, M x KW words, and B is KW x N words, so that both element types have one layout,
+// one transposition and one loop. M, N and KW are multiples of 16; zeros fill what a matrix does not have.
 #pragma once
 
 #include "simd.h"
@@ -65,8 +65,8 @@ INLINE void product_block(index_t KW, const word* A, index_t lda, const word* B,
 }
 
 template <class E>
-void product_by_vectors(index_t M, index_t N, index_t KW, const word* A, index_t lda, const word* B, index_t ldb, float* C,
-                        index_t ldc, bool add) {
+void product_by_vectors(index_t M, index_t N, index_t KW, const word* A, index_t lda, const word* B, index_t ldb,
+                        float* C, index_t ldc, bool add) {
     // sums of at most 64 products, added up: the rounding of one long sum would grow with its length
     constexpr index_t PART = 64;
     index_t k = 0;
@@ -150,9 +150,10 @@ INLINE void product_of_tiles(index_t KW, const word* A, index_t lda, const word*
     if constexpr (TALL && WIDE) _tile_stored(3, C2 + 16, c_bytes);
 }
 
-// K of two steps, which is a head of 64: one side's four tiles stay while the other side passes by, 16 rows or columns at a
-// time, so that four products need two loads instead of four
-INLINE void product_of_long_rows(index_t N, const word* A, index_t lda, const word* B, index_t ldb, float* C, index_t ldc) {
+// K of two steps, which is a head of 64: one side's four tiles stay while the other side passes by, 16 rows or columns
+// at a time, so that four products need two loads instead of four
+INLINE void product_of_long_rows(index_t N, const word* A, index_t lda, const word* B, index_t ldb, float* C,
+                                 index_t ldc) {
     const index_t a_bytes = lda * 4, b_bytes = ldb * 4, c_bytes = ldc * 4;
     _tile_loadd(4, A, a_bytes);
     _tile_loadd(5, A + 16, a_bytes);
@@ -235,7 +236,7 @@ INLINE void product(index_t M, index_t N, index_t KW, const word* A, index_t lda
 
 INLINE u32x16 pair_up(f32x16 first, f32x16 second) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    const u16x32 interleaved = {0, 16, 1, 17, 2, 18, 3, 19, 4,  20, 5,  21, 6,  22, 7,  23,
+    const u16x32 interleaved = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     return (u32x16)_mm512_permutexvar_epi16((__m512i)interleaved, both);
@@ -250,7 +251,8 @@ INLINE f32x16 upper_half(u32x16 words) { return (f32x16)(words & 0xffff0000u); }
 
 // `rows` x `columns` numbers, a row every `stride` of them, as rows_padded x ld words; E::PER_WORD columns a word
 template <class E, class In>
-void pack_rows(const In* from, index_t stride, index_t rows, index_t columns, word* to, index_t rows_padded, index_t ld) {
+void pack_rows(const In* from, index_t stride, index_t rows, index_t columns, word* to, index_t rows_padded,
+               index_t ld) {
     for (index_t r = 0; r < rows_padded; ++r) {
         word* row = to + r * ld;
         if (r >= rows) {
@@ -280,7 +282,8 @@ void pack_rows(const In* from, index_t stride, index_t rows, index_t columns, wo
 
 // the same numbers, E::PER_WORD rows a word: rows_padded / PER_WORD x ld words, what B is made of
 template <class E, class In>
-void pack_pairs(const In* from, index_t stride, index_t rows, index_t columns, word* to, index_t rows_padded, index_t ld) {
+void pack_pairs(const In* from, index_t stride, index_t rows, index_t columns, word* to, index_t rows_padded,
+                index_t ld) {
     if constexpr (E::PER_WORD == 1) {
         pack_rows<E>(from, stride, rows, columns, to, rows_padded, ld);
         return;

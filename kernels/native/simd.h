@@ -1,5 +1,5 @@
-// A thin vector type: 16 floats, whatever the machine. GCC lowers it to one AVX-512 register, two of AVX2, four of SSE or
-// NEON. Only what the compiler cannot find by itself is written with intrinsics.
+// A thin vector type: 16 floats, whatever the machine. GCC lowers it to one AVX-512 register, two of AVX2, four of SSE
+// or NEON. Only what the compiler cannot find by itself is written with intrinsics.
 #pragma once
 
 #include <cstddef>
