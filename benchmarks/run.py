@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--sizes", choices=SIZES, default="full", help="of the workloads; tiny only tries the code out")
     sizes.add_argument("--quick", action="store_const", dest="sizes", const="quick", help="the same as --sizes quick")
     found.add_argument("--minutes", type=float, help="the most that each suite may take; default: see sizes.py")
+    found.add_argument("--scene", nargs="+", metavar="PART", help="only training steps whose title holds one of these")
     found.add_argument("--uncompiled", action="store_true", help="leave torch.compile out: minutes on a slow machine")
     found.add_argument("--every-variant", action="store_true", help="all of transformers' variants in each scene")
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten()
     sizes = every_variant(SIZES[arguments.sizes]) if arguments.every_variant else SIZES[arguments.sizes]
+    if arguments.scene:
+        sizes = only_scenes(sizes, arguments.scene)
     if arguments.uncompiled:
         sizes = replace(sizes, compiled=False)
     device = "cpu" if arguments.dry_run else arguments.device  # fake tensors stand for the device's
@@ -123,6 +126,15 @@ def measured(name: str, bench: Bench) -> list[Row]:
         rows.append(Row(suite=name, workload="suite", case="", provider="antlm_fast", reason=told(error)))
         print("", *table(rows[-1:]), sep="\n", flush=True)
     return rows
+
+
+def only_scenes(sizes: Sizes, parts: Sequence[str]) -> Sizes:
+    """Without the scenes whose title holds none of the parts: the time goes to the others."""
+
+    def kept(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
+        return tuple(scene for scene in scenes if any(part in step_workloads.title(scene) for part in parts))
+
+    return replace(sizes, **{name: kept(getattr(sizes, name)) for name in ("scenes", "switch", "memory_steps")})
 
 
 def every_variant(sizes: Sizes) -> Sizes:
