@@ -94,7 +94,7 @@ def results(op: Any, call: dict[str, Any], dtype: torch.dtype, impl: str) -> dic
     return {"out": out.detach(), "lse": lse, **dict(zip(there, gradients, strict=True))}
 
 
-def check(op: Any, call: dict[str, Any], name: str, dtype: torch.dtype) -> None:
+def check_against_reference(op: Any, call: dict[str, Any], name: str, dtype: torch.dtype) -> None:
     call["inputs"] = [None if x is None else x.to(dtype).double() for x in call["inputs"]]
     exact, eager = results(op, call, torch.float64, "reference"), results(op, call, dtype, "reference")
     with instruction_set(name):
@@ -125,7 +125,7 @@ NAMES = () if REASON is not None else native.Library(LIBRARY).available
 @fuzzed
 @given(call=calls(relative=False))
 def test_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
-    check(attention_varlen, call, name, dtype)
+    check_against_reference(attention_varlen, call, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -133,7 +133,7 @@ def test_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
 @fuzzed
 @given(call=calls(relative=True))
 def test_disentangled_attention(name: str, dtype: torch.dtype, call: dict[str, Any]) -> None:
-    check(disentangled_attention_varlen, call, name, dtype)
+    check_against_reference(disentangled_attention_varlen, call, name, dtype)
 
 
 SIZES = st.one_of(st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 64, 127]), st.integers(0, 80))
