@@ -351,9 +351,10 @@ def test_data_that_changed_under_a_run_is_noticed(cache, tmp_path, capsys):
         ("latin.txt", b"na\xefve caf\xe9\n", "latin.txt"),
         ("bad.jsonl", b'{"text": "a good line"}\n{"text": \n', "bad.jsonl"),
         ("keyless.jsonl", b'{"content": "x"}\n', "keyless.jsonl"),
-        ("cut.txt.gz", gzip.compress(b"words and words " * 500)[:-9], "cut.txt.gz"),
+        ("cut.txt.gz", gzip.compress(b"words and words " * 500, mtime=0)[:-9], "cut.txt.gz"),
         ("tiny.txt", b"One.\n\nTwo.\n\nThree.\n", "row_tokens must be at most the"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_data_is_one_line_and_leaves_nothing_behind(cache, tmp_path, capsys, name, content, message):
     path = tmp_path / name
