@@ -18,6 +18,7 @@ from antlm_fast.kernels.linear_cross_entropy.native_products import padded, para
 from antlm_fast.kernels.native.library import library
 from antlm_fast.kernels.native.ops import differentiable
 from antlm_fast.kernels.native.workspace import POOL
+from antlm_fast.kernels.working_copies import working_copy
 
 
 def forward(
@@ -31,7 +32,10 @@ def forward(
     """Arguments as in torch_impl."""
     inputs = (hidden, weight, bias)
     # what is multiplied; the gradients go to the inputs themselves
-    factors = [None if x is None else x.detach().to(options.compute_dtype) for x in inputs]
+    dtype = options.compute_dtype
+    factors = [None if x is None else x.detach().to(dtype) for x in inputs]
+    if weight.dtype != dtype:
+        factors[1] = working_copy(weight, dtype)
     loss, losses, lse, correct, *_ = _loss(
         *inputs,
         *factors,
@@ -188,7 +192,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*used, *output[4:])
-    ctx.settings = *inputs[8:], hidden.dtype, weight.dtype
+    wanted = getattr(weight, "grad_dtype", None) if weight.is_leaf else None
+    ctx.settings = *inputs[8:], hidden.dtype, wanted or weight.dtype, weight.dtype
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -218,14 +223,16 @@ def _gradients_op(
     wanted: list[bool],
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by hidden, weight and bias; an empty tensor for one that is not wanted.
 
     Args:
         hidden, weight, bias: in the dtype of the products.
         kept_hidden, kept_weight, kept_bias: what the forward kept.
+        hidden_dtype, weight_dtype, bias_dtype: of the gradients.
     """
-    dtypes = hidden_dtype, weight_dtype, weight_dtype
+    dtypes = hidden_dtype, weight_dtype, bias_dtype
     scale = upstream.item() if reduce else 1.0
     of_rows = None if reduce else upstream.contiguous() if counts is None else upstream.where(counts, 0.0)
     with torch.autocast("cpu", enabled=False):
@@ -241,7 +248,7 @@ def _gradients_op(
     if wanted[1]:
         torch.mul(sums[1], scale, out=d_weight)
     if wanted[2]:
-        d_bias = (sums[2] * scale).to(weight_dtype)
+        d_bias = (sums[2] * scale).to(bias_dtype)
     return d_hidden, d_weight, d_bias
 
 
@@ -282,8 +289,8 @@ def _new_gradients(
 
 @_gradients_op.register_fake
 def _(upstream, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    *_, wanted, hidden_dtype, weight_dtype = rest
-    return _new_gradients(hidden, weight, wanted, (hidden_dtype, weight_dtype, weight_dtype))
+    *_, wanted, hidden_dtype, weight_dtype, bias_dtype = rest
+    return _new_gradients(hidden, weight, wanted, (hidden_dtype, weight_dtype, bias_dtype))
 
 
 _loss = differentiable("linear_cross_entropy_native", _forward, fake=_fake, save=_save, backward=_backward)

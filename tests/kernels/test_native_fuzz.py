@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import linear
 
 from antlm_fast.kernels.attention import attention_varlen
 from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
@@ -149,6 +150,12 @@ def gradients_of(
     return dict(zip(there, found, strict=True))
 
 
+def bias_after_rounding(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits are rounded where the native implementation rounds them: of a few rows, another place is another error."""
+    logits = linear(x, weight)
+    return logits if bias is None else logits + bias.float()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @fuzzed
@@ -173,7 +180,9 @@ def test_linear_cross_entropy(name: str, dtype: torch.dtype, data: st.DataObject
         loss, lse = linear_cross_entropy(*weights, bias=inputs["bias"], **options, return_lse=True, impl=impl)
         return {"loss": loss.detach(), "lse": lse, **gradients_of(loss, inputs, upstream)}
 
-    exact, eager = run(torch.float64, "reference"), run(dtype, "reference")
+    exact = run(torch.float64, "reference")
+    with mock.patch.object(torch.nn.functional, "linear", bias_after_rounding):
+        eager = run(dtype, "reference")
     with instruction_set(name):
         found, again = run(dtype, "native"), run(dtype, "native")
     assert_alike(found, again, exact, eager)
