@@ -107,7 +107,7 @@ _TINY_MODELS = {
 
 
 def _scene(model: str, batch: tuple[int, int], *variants: str, **others: object) -> Scene:
-    values: dict[str, object] = {"precision": "bf16", "objectives": BOTH, "rounds": 5} | others
+    values: dict[str, object] = {"precision": "bf16", "objectives": BOTH, "rounds": 7} | others
     return Scene(model=model, batch=batch, variants=variants, **values)  # type: ignore[arg-type]
 
 
@@ -205,8 +205,8 @@ SIZES = {
                 "antlm_fast, compiled",
             ),
         ),
-        flips=6,
-        phase_steps=3,
+        flips=14,
+        phase_steps=4,
         memory_loss=((2048, 16384, 0.15), (2048, 16384, 1.0), (8192, 50304, 0.15), (8192, 50304, 1.0)),
         memory_lengths=(128, 512, 2048),
         memory_steps=(

@@ -7,6 +7,7 @@ from the launch of the process (imports and compilation included), and the proce
 from __future__ import annotations
 
 import functools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -204,7 +205,8 @@ def _with_findings(bench: Bench, scene: Scene, stage: Stage, row: Row) -> Row:
 
 
 def switch(bench: Bench) -> Iterator[list[Row]]:
-    """What a flip costs: the first ever, the first step after a later one, the steps after that; and what it compiles.
+    """What a flip costs: the first ever, the first step after a later one, the median of the phase's other steps; and
+    what it compiles.
 
     "recompiles" counts graphs that torch.compile made after the flip; the first flip's are those of a new value.
     """
@@ -250,7 +252,8 @@ def _flips(bench: Bench, scene: Scene, stage: Stage) -> Iterator[list[Row]]:
                 reasons[name] = told(error)
                 continue
             samples[objective, name, _KINDS[1]].append(found["seconds"][0])
-            samples[objective, name, _KINDS[0]] += found["seconds"][1:]
+            # one figure a phase, so that the two are compared within it: the machine's other load changes between phases
+            samples[objective, name, _KINDS[0]].append(statistics.median(found["seconds"][1:]))
             recompiles[name].append(found["recompiles"])
     for name in scene.variants:
         counts += _counts(bench, scene, stage, name, recompiles[name], reasons.get(name))

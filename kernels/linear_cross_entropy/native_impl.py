@@ -33,9 +33,11 @@ def forward(
     inputs = (hidden, weight, bias)
     # what is multiplied; the gradients go to the inputs themselves
     dtype = options.compute_dtype
-    factors = [None if x is None else x.detach().to(dtype) for x in inputs]
-    if weight.dtype != dtype:
-        factors[1] = working_copy(weight, dtype)
+    factors = (
+        hidden.detach().to(dtype),
+        weight.detach() if weight.dtype == dtype else working_copy(weight, dtype),
+        None if bias is None else bias.detach().to(dtype),
+    )
     loss, losses, lse, correct, *_ = _loss(
         *inputs,
         *factors,
