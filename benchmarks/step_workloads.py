@@ -252,7 +252,7 @@ def _flips(bench: Bench, scene: Scene, stage: Stage) -> Iterator[list[Row]]:
                 reasons[name] = told(error)
                 continue
             samples[objective, name, _KINDS[1]].append(found["seconds"][0])
-            # one figure a phase, so that the two are compared within it: the machine's other load changes between phases
+            # one figure a phase: the two are compared within it, for the machine's other load changes between phases
             samples[objective, name, _KINDS[0]].append(statistics.median(found["seconds"][1:]))
             recompiles[name].append(found["recompiles"])
     for name in scene.variants:
