@@ -48,17 +48,18 @@ test: lint native
 native: $(VENV)/dev.installed
 	$(BIN)/python -m antlm_fast.kernels.native.build --if-needed || true
 
-# CASES random calls of each op, dtype and instruction set: ten thousand in all, which takes an hour and more
+# CASES random calls of each op, dtype and instruction set: ten thousand in all
 CASES ?= 320
 PRELOADED = $$(g++ -print-file-name=lib$(1).so)
-FUZZ = ANTLM_FAST_FUZZ_CASES=$(CASES) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/kernels/test_native_fuzz.py
+FUZZ = ANTLM_FAST_FUZZ_CASES=$(CASES) ANTLM_FAST_FUZZ_LIBRARY=build/native-$(1).so \
+  $(BIN)/python -m pytest -q -n auto tests/kernels/test_native_fuzz.py
 sanitize: native
 	$(BIN)/python -m antlm_fast.kernels.native.build --sanitize address --output build/native-address.so
-	LD_PRELOAD="$(call PRELOADED,asan) $(call PRELOADED,ubsan)" ASAN_OPTIONS=detect_leaks=0 \
-	  ANTLM_FAST_FUZZ_LIBRARY=build/native-address.so $(FUZZ)
+	LD_PRELOAD="$(call PRELOADED,asan) $(call PRELOADED,ubsan)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  $(call FUZZ,address)
 	$(BIN)/python -m antlm_fast.kernels.native.build --sanitize thread --output build/native-thread.so
 	LD_PRELOAD="$(call PRELOADED,tsan)" TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-	  ANTLM_FAST_FUZZ_LIBRARY=build/native-thread.so $(FUZZ)
+	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(call FUZZ,thread)
 
 ir: $(VENV)/dev.installed
 	@if $(PIP) install --no-deps --ignore-requires-python '$(TTSEM)'; \
