@@ -24,7 +24,7 @@ METHOD = """\
 
 Written by `python benchmarks/report.py` from the files in [benchmarks/results](../benchmarks/results); nothing here was
 typed in. How to measure your own machine: `python benchmarks/run.py --quick` (minutes), or
-`python benchmarks/run.py --output benchmarks/results/NAME.json` (71 minutes at most).
+`python benchmarks/run.py --output benchmarks/results/NAME.json` (76 minutes at most).
 
 ## How it is measured
 

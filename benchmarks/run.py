@@ -1,6 +1,6 @@
 """Speed and memory of antlm_fast beside its peers on this machine: `python benchmarks/run.py --quick`.
 
-    python benchmarks/run.py --output benchmarks/results/NAME.json             every suite, 71 minutes at most
+    python benchmarks/run.py --output benchmarks/results/NAME.json             every suite, 76 minutes at most
     python benchmarks/run.py --suite switch --merge --output .../NAME.json     one suite, into a file that has others
     python benchmarks/run.py --compare A.json B.json                           exit status 1 where B is slower than A
     python benchmarks/run.py --dry-run --device cuda                           the plan, and shapes on fake CUDA tensors
