@@ -160,6 +160,8 @@ def _bars(suite: str, rows: Sequence[Row]) -> Any:
         medians = [row.median or 0 for row in own]
         if min(medians) > 0 and max(medians) > 30 * min(medians):
             axis.set_xscale("log")
+        elif not any(medians):
+            axis.set_xlim(0, 1)
         axis.tick_params(axis="x", labelsize=7)
         axis.set_title(f"{suite}: {workload}" + (f", {unit}" if unit else ""), fontsize=8, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
