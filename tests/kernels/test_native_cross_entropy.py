@@ -314,6 +314,55 @@ def test_autocast_around_the_backward_changes_nothing(workspace_mib: int, reduct
     assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("workspace_mib", [1, 64], ids=["chunks", "one chunk"])
+def test_the_weight_alone_has_a_gradient_in_grad_dtype(workspace_mib: int, reduction: str) -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(600, 48), torch.randn(1500, 48), torch.randn(1500)
+    targets = torch.randint(1500, (600,))
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        leaves[1].grad_dtype = dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(
+                leaves[0], leaves[1], targets, bias=leaves[2], reduction=reduction, workspace_mib=workspace_mib,
+                impl="native",
+            )  # fmt: skip
+        loss.sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    wide, narrow = gradients(torch.float32), gradients(torch.bfloat16)
+    assert [each.dtype for each in narrow] == [torch.float32, torch.bfloat16, torch.float32]
+    assert torch.equal(narrow[0], wide[0])
+    assert torch.equal(narrow[1], wide[1].bfloat16())
+    assert torch.equal(narrow[2], wide[2])
+
+
+def test_a_kept_copy_of_the_weight_follows_it() -> None:
+    """Under autocast the copy is made once: it must be another after any change, and the backward must have its own."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    targets = torch.randint(50, (20,))
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(hidden, weight, targets, impl="native")
+
+    before = loss()
+    (wanted,) = torch.autograd.grad(before, hidden, retain_graph=True)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert torch.equal(torch.autograd.grad(before, hidden, retain_graph=True)[0], wanted)
+    after = loss()
+    fresh = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, impl="native")
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(before, hidden)
+
+
 def test_a_weight_that_changed_before_the_backward_is_an_error() -> None:
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2]), impl="native")
