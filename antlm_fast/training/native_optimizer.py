@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -104,15 +105,17 @@ class _OnePass(torch.optim.Optimizer):
             mark_current(each.weight)
         return loss
 
+    @abstractmethod
     def _plain_step(self) -> None:
         """torch's own, without its hooks: this one's have been called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _numbers(self, group: dict[str, Any], step: float) -> Any:
-        raise NotImplementedError
+        """What the C++ kernels are told of a group's settings at a step."""
 
+    @abstractmethod
     def _take(self, updates: list[Update], numbers: list[Any]) -> None:
-        raise NotImplementedError
+        """The step itself."""
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
