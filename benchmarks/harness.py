@@ -18,6 +18,8 @@ __all__ = ["Bench", "Call", "Provider", "Row", "attempt", "environment", "measur
 # what is timed; one that times itself (on another process, on a device) returns seconds
 Call = Callable[[], object]
 HEADER = f"  {'case':20}{'provider':39}{'median':>12}{'quartiles':>24}{'rate':>18}{'of floor':>9}{'/first':>8}"
+# the reason of a row that had no turn: of nothing that failed
+TIME_USED_UP = "the suite's time was used up"
 _L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -150,7 +152,7 @@ def measure(
     calls: dict[int, Call] = {}
     reasons: dict[int, str] = {}
     for place, provider in enumerate(providers):
-        prepared = "the suite's time was used up" if time.monotonic() > until else attempt(provider, warmup)
+        prepared = TIME_USED_UP if time.monotonic() > until else attempt(provider, warmup)
         if isinstance(prepared, str):
             reasons[place] = prepared
         else:
@@ -303,17 +305,20 @@ def _with_device_timer(provider: Provider) -> Iterator[Provider]:
 
 
 def device_timed(call: Call) -> Call:
-    """A call that returns the seconds the GPU took for it, its second-level cache overwritten before."""
+    """A call that returns the seconds the GPU took for it, its second-level cache overwritten before.
+
+    One that times itself keeps its own seconds.
+    """
     flushed = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timed() -> float:
         flushed.zero_()
         begin.record()
-        call()
+        own = call()
         end.record()
         torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        return own if isinstance(own, float) else float(begin.elapsed_time(end)) / 1e3
 
     return timed
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,12 +92,18 @@ def measure_limits(bench: Bench) -> tuple[Limits, list[Row]]:
     rows = bench.measure("limits", "matrix products", products, rounds=sizes.rounds, warmup=2)
     rows += bench.measure("limits", "memory", streams, rounds=sizes.rounds)
 
+    return limits_of(rows), rows
+
+
+def limits_of(rows: Sequence[Row]) -> Limits:
+    """The best of the rows that measure_limits gives."""
+
     def best(names: tuple[str, ...], kind: str) -> float:
         chosen = [row for row in rows if row.workload == kind and row.samples and (not names or row.provider in names)]
         return max((row.amount * 1e9 / min(row.samples) for row in chosen), default=float("nan"))
 
     peaks = {"fp32": best(("fp32", MEDIUM), "matrix products"), "bf16": best(("bf16",), "matrix products")}
-    return Limits(flops_per_s=peaks, bytes_per_s=best((), "memory")), rows
+    return Limits(flops_per_s=peaks, bytes_per_s=best((), "memory"))
 
 
 @functools.cache

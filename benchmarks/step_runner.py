@@ -51,6 +51,7 @@ class StepRunner:
         form: implementation of ours ("auto"), form of the eager peer, or transformers' attention.
         precision: "fp32", "bf16" (autocast) or "fp64".
         compiled: model and loss under torch.compile, static shapes, a bool for the flag.
+        mode: of torch.compile; "reduce-overhead" replays CUDA graphs.
         dropout: False sets all of the model's dropout to 0.
         device: "cpu" or "cuda".
     """
@@ -62,6 +63,7 @@ class StepRunner:
         form: str,
         precision: str,
         compiled: bool = False,
+        mode: str | None = None,
         dropout: bool = True,
         device: str = "cpu",
     ) -> None:
@@ -73,7 +75,7 @@ class StepRunner:
             config = {name: 0.0 if name.endswith("_dropout") else value for name, value in config.items()}
         self.config = MODEL_CONFIGS[config["architecture"]](**config)
         self.source, self.form, self.precision, self.device = source, form, precision, device
-        self.compiled = compiled
+        self.compiled, self.mode = compiled, mode
         self.model = self._build().to(device, torch.float64 if precision == "fp64" else torch.float32)
         self.drops = any(part.p > 0 for part in self.model.modules() if isinstance(part, nn.Dropout))
         self.model.train()
@@ -204,6 +206,8 @@ class StepRunner:
     def _backward(self, loss: Loss) -> Tensor:
         precision = "bfloat16" if self.precision == "bf16" else "float32"
         begin_step(self.model, self.optimizer, num_micro_batches=1, precision=precision)
+        if self.mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step left in graphs' memory may go
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             value = loss()
         value.backward()
@@ -238,13 +242,13 @@ class StepRunner:
 
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Tensor]:
-        return torch.compile(self.model.hidden_states, dynamic=False)
+        return torch.compile(self.model.hidden_states, dynamic=False, mode=self.mode)
 
     @functools.cached_property
     def _compiled_call(self) -> Callable[..., Tensor]:
         if isinstance(self.model, EagerLtgBert):
-            return torch.compile(self.model, dynamic=False)
-        return torch.compile(functools.partial(hugging_face.loss, self.model), dynamic=False)
+            return torch.compile(self.model, dynamic=False, mode=self.mode)
+        return torch.compile(functools.partial(hugging_face.loss, self.model), dynamic=False, mode=self.mode)
 
     def _own_exact(self, objective: str, sequences: int, seqlen: int) -> dict[str, Tensor]:
         twin = copy.copy(self)

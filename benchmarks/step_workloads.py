@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import Bench, Provider, Row, Told, told, with_extras
+from harness import TIME_USED_UP, Bench, Provider, Row, Told, told, with_extras
 from roofline import step_work
 from sizes import Scene
 from step_runner import drawn_batch, fake_loss, save_exact
@@ -31,6 +31,7 @@ class Variant:
     source: str
     form: str
     compiled: bool = False
+    mode: str | None = None
     dropout: bool = True
     malloc: bool = False
     threads: int | None = None
@@ -46,6 +47,10 @@ def _hugging_face() -> Iterator[tuple[str, Variant]]:
                         f"HF {title} {attention}{marks}",
                         Variant(source=family, form=attention, compiled=compiled, malloc=malloc),
                     )
+            yield (
+                f"HF {title} {attention}, compiled, reduce-overhead",
+                Variant(source=family, form=attention, compiled=True, mode="reduce-overhead"),
+            )
 
 
 VARIANTS: dict[str, Variant] = {
@@ -158,7 +163,7 @@ def train_step(bench: Bench) -> Iterator[list[Row]]:
                 for name in scene.variants
             ]
             rows = own.measure("train_step", title(scene), providers, rounds=scene.rounds)
-            yield [_with_findings(bench, scene, stage, row) for row in rows]
+            yield [with_findings(bench, scene, stage, row) for row in rows]
 
 
 def is_slow(variant: Variant, bench: Bench) -> bool:
@@ -195,7 +200,7 @@ def title(scene: Scene) -> str:
     return f"{scene.model}, {scene.batch[0]} x {scene.batch[1]} tokens, {scene.precision}"
 
 
-def _with_findings(bench: Bench, scene: Scene, stage: Stage, row: Row) -> Row:
+def with_findings(bench: Bench, scene: Scene, stage: Stage, row: Row) -> Row:
     if row.median is None:
         return row
     work = work_of(stage, row.case)
@@ -257,11 +262,10 @@ def _flips(bench: Bench, scene: Scene, stage: Stage) -> Iterator[list[Row]]:
             recompiles[name].append(found["recompiles"])
     for name in scene.variants:
         counts += _counts(bench, scene, stage, name, recompiles[name], reasons.get(name))
-    late = "the suite's time was used up"
     yield [
         replace(row, reason=reasons[key[1]])
         if key[1] in reasons
-        else replace(row, samples=tuple(samples[key]), reason=None if samples[key] else late)
+        else replace(row, samples=tuple(samples[key]), reason=None if samples[key] else TIME_USED_UP)
         for key, row in rows.items()
     ]
     yield counts

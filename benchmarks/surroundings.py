@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ _PACKAGES = (
     "flash-attn",
     "xformers",
     "flashdeberta",
+    "disentangled-flash",
 )
 _SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "LD_PRELOAD", "MALLOC_MMAP_MAX_")
 # two results that differ in one of these were not taken on the same machine in the same way
@@ -34,7 +36,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        **(_gpu() if device == "cuda" else {"gpu": None}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package.replace("-", "_"): _version(package) for package in _PACKAGES},
@@ -49,6 +51,29 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "settings": {name: Path(os.environ[name]).name for name in _SETTINGS if name in os.environ},
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    """As nvidia-smi names it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
 def shared(surroundings: Mapping[str, Any]) -> bool:

@@ -54,6 +54,12 @@ _KEY_TILES = (
     (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2),
     (32, 64, 8, 1), (32, 32, 4, 2), (16, 64, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
 )  # fmt: skip
+# beyond what the compiler's report prefers: only a clock can tell whether they pay
+_TIMED_TILES = {
+    "forward": ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 4)),
+    "dq": ((128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)),
+    "dkdv": ((128, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3), (32, 128, 4, 3)),
+}  # fmt: skip
 _RELATIVE_TILES = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
     "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
@@ -61,14 +67,21 @@ _RELATIVE_TILES = {
 }
 
 
-def candidates(kernel: str, kind: str, head_dim: int) -> list[Tile]:
-    """The tiles to try, the preferred first. Wide rows of numbers leave less room for many of them."""
+def candidates(kernel: str, kind: str, head_dim: int, *, timed: bool = False) -> list[Tile]:
+    """The tiles to try, the preferred first. Wide rows of numbers leave less room for many of them.
+
+    Args:
+        timed: also those that only a clock can judge.
+    """
     if kernel == "delta":
         return [Tile(min(128, 4096 // head_dim), 16, 4, 1)]
     largest = 64 * 64 if kind.startswith("ieee") else 128 * 64
     plain = {"forward": _FORWARD_TILES, "dq": _ROW_TILES, "dkdv": _KEY_TILES}
     tiles = [Tile(*tile) for tile in (_RELATIVE_TILES if "relative" in kind else plain)[kernel]]
-    return [tile for tile in tiles if tile.block_m * tile.block_n <= largest]
+    found = [tile for tile in tiles if tile.block_m * tile.block_n <= largest]
+    if timed and kind.startswith("half"):
+        found += [Tile(*tile) for tile in _TIMED_TILES[kernel]]
+    return list(dict.fromkeys(found))
 
 
 def choose_without_gpu(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
@@ -76,7 +89,7 @@ def choose_without_gpu(arch: str, kind: str, head_dim: int, kernel: str) -> Tile
 
     With relative terms, of those that spill nothing the one with the fewest instructions for a pair of tokens.
     """
-    launch = _launch(arch, kind, head_dim, kernel)
+    launch = offline_launch(arch, kind, head_dim, kernel)
     best, least, cheapest = None, None, None
     for tile in candidates(kernel, kind, head_dim):
         found = resources(replace(launch, tile=tile).compile_for(TARGETS[arch]))
@@ -103,9 +116,9 @@ def choose_by_time(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    launch = _on_device(arch, kind, head_dim, kernel)
+    launch = launch_on_device(arch, kind, head_dim, kernel)
     times = {}
-    for tile in candidates(kernel, kind, head_dim):
+    for tile in candidates(kernel, kind, head_dim, timed=True):
         try:
             times[tile] = do_bench(lambda tile=tile: launch.launch(tile))
         except OutOfResources:
@@ -113,7 +126,7 @@ def choose_by_time(arch: str, kind: str, head_dim: int, kernel: str) -> Tile:
     return min(times, key=lambda tile: times[tile])
 
 
-def _launch(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
+def offline_launch(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
     numbers, *options = kind.split()
     bucket_size = 32 if "relative" in options else None
     launches = offline_launches(
@@ -122,12 +135,24 @@ def _launch(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
     return launches[KERNELS.index(kernel)]
 
 
-def _on_device(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
-    """The offline launch with real tensors in place of those without memory: 16 sequences of 1,024 tokens."""
-    launch = _launch(arch, kind, head_dim, kernel)
-    seqs, length = 16, 1024
-    starts = torch.arange(seqs + 1, dtype=torch.int32, device="cuda") * length
-    flags = torch.arange(seqs, dtype=torch.int32, device="cuda") % 2 * length
+def launch_on_device(
+    arch: str,
+    kind: str,
+    head_dim: int,
+    kernel: str,
+    *,
+    device: str = "cuda",
+    sequences: tuple[int, int] = (16, 1024),
+) -> Launch:
+    """The offline launch with real tensors in place of those without memory.
+
+    Args:
+        sequences: how many, and tokens in each; every other one is causal.
+    """
+    launch = offline_launch(arch, kind, head_dim, kernel)
+    seqs, length = sequences
+    starts = torch.arange(seqs + 1, dtype=torch.int32, device=device) * length
+    flags = torch.arange(seqs, dtype=torch.int32, device=device) % 2 * length
     arguments = dict(launch.arguments)
     for name, value in arguments.items():
         if name.startswith("cu_seqlens"):
@@ -135,10 +160,10 @@ def _on_device(arch: str, kind: str, head_dim: int, kernel: str) -> Launch:
         elif name == "prefix_len_ptr":
             arguments[name] = flags
         elif name == "dropout_seed_ptr":
-            arguments[name] = None if value is None else torch.zeros((), dtype=torch.int64, device="cuda")
+            arguments[name] = None if value is None else torch.zeros((), dtype=torch.int64, device=device)
         elif isinstance(value, torch.Tensor) and value.is_floating_point():
             shape = [seqs * length if size == 4096 else size for size in value.shape]  # the offline launch's tokens
-            arguments[name] = torch.randn(shape, dtype=value.dtype, device="cuda")
+            arguments[name] = torch.randn(shape, dtype=value.dtype, device=device)
     if arguments.get("c2p_ptr") is not None:
         relative = relative_terms(arguments["c2p_ptr"], arguments["p2c_ptr"], 32, 512, length)
         tables = {"run_starts_ptr": relative.run_starts, "reach": relative.reach, "total_k": seqs * length}

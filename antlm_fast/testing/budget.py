@@ -33,6 +33,28 @@ def assert_within_budget(
     Raises:
         AssertionError: the shapes differ, `actual` has a NaN or a stray infinity, or the error is past the budget.
     """
+    error, budget = error_and_budget(name, actual, exact, eager, slack, scale=scale)
+    if error > budget:
+        raise AssertionError(f"{name}: error {error:.2e} exceeds budget {budget:.2e}")
+
+
+def error_and_budget(
+    name: str,
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    eager: torch.Tensor,
+    slack: float = 2.0,
+    *,
+    scale: float = 0.0,
+) -> tuple[float, float]:
+    """What `assert_within_budget` compares: the largest error, and how large it may be. Arguments as there.
+
+    Returns:
+        (error, budget); (0, 0) where no exact result is finite.
+
+    Raises:
+        AssertionError: the shapes differ, `actual` has a NaN or a stray infinity.
+    """
     if not actual.shape == exact.shape == eager.shape:
         raise AssertionError(
             f"{name}: shapes differ: {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(eager.shape)}"
@@ -43,10 +65,8 @@ def assert_within_budget(
     if not torch.isfinite(actual[finite]).all():
         raise AssertionError(f"{name}: non-finite where the exact result is finite")
     if not finite.any():
-        return
+        return 0.0, 0.0
     wanted = exact[finite].double()
     rounding = torch.finfo(actual.dtype).eps * max(wanted.abs().max().item(), scale)
-    budget = slack * ((eager[finite].double() - wanted).abs().max() + rounding)
-    error = (actual[finite].double() - wanted).abs().max()
-    if error > budget:
-        raise AssertionError(f"{name}: error {error:.2e} exceeds budget {budget:.2e}")
+    budget = slack * ((eager[finite].double() - wanted).abs().max().item() + rounding)
+    return (actual[finite].double() - wanted).abs().max().item(), budget

@@ -36,11 +36,11 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Compiled, as it is meant to be; its block mask is made once for a length, outside what is timed."""
-    return _compiled_flex()(q, k, v, block_mask=_block_mask(q.shape[-2], str(q.device)) if causal else None)
+    return compiled_flex()(q, k, v, block_mask=_block_mask(q.shape[-2], str(q.device)) if causal else None)
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention import flex_attention as module
 
     return torch.compile(module.flex_attention, dynamic=False)
@@ -109,7 +109,7 @@ def flex_disentangled(q: Tensor, k: Tensor, v: Tensor, q_rel: Tensor, k_rel: Ten
         return score + (to_place[b, h, i, rows[i, j]] + to_content[b, h, j, rows[i, j]]) * scale
 
     mask = _block_mask(q.shape[-2], str(q.device)) if causal else None
-    return _compiled_flex()(q, k, v, score_mod=add_terms, block_mask=mask, scale=scale).transpose(1, 2)
+    return compiled_flex()(q, k, v, score_mod=add_terms, block_mask=mask, scale=scale).transpose(1, 2)
 
 
 DISENTANGLED: dict[str, Callable[..., Tensor]] = {

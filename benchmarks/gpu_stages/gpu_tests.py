@@ -1,0 +1,142 @@
+"""Stage c: the tests marked gpu with compiled kernels, on all cores; then the kernels under compute-sanitizer.
+
+pytest says of each test how it went as soon as it is known, so where the time ends before the tests do, those that ran
+count. A test that fails is a row by its name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import selectors
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from harness import TIME_USED_UP, Row
+
+from gpu_stages.plan import GpuBench
+
+ROOT = Path(__file__).resolve().parents[2]
+# "[gw1] [ 12%] PASSED tests/a.py::b[c d]", or "tests/a.py::b[c d] PASSED   [ 12%]"; not the end's "FAILED tests/..."
+_VERDICT = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] |tests/.+ )(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+_NAME = re.compile(r"(tests/\S+::.+?)(?= (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)|\s*$)")
+_SHOWN = 20  # failures that get a row each
+_SANITIZER_SHARE = 0.25
+_SANITIZER_TOOLS = ("memcheck", "racecheck")
+
+
+def run(bench: GpuBench) -> Iterator[list[Row]]:
+    begun = time.monotonic()
+    has_sanitizer = bench.sizes.sanitized and shutil.which("compute-sanitizer") is not None
+    share = (1 - _SANITIZER_SHARE) if has_sanitizer else 1.0
+    yield list(_tested(bench, begun + share * (bench.until - begun)))
+    if bench.sizes.sanitized:
+        for place, tool in enumerate(_SANITIZER_TOOLS):
+            left = bench.left() / (len(_SANITIZER_TOOLS) - place)
+            yield [_sanitized(tool, left, has_sanitizer)]
+
+
+def _tested(bench: GpuBench, until: float) -> Iterator[Row]:
+    blank = Row(suite="tests", workload="pytest", case="", provider="antlm_fast", quantity="count")
+    # a worker a core is what fills a machine; on one GPU more than a dozen contexts only wait
+    workers = ("-n", str(min(os.cpu_count() or 1, 12))) if importlib.util.find_spec("xdist") else ()
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        *workers,
+        *bench.sizes.tests,
+    ]
+    environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if bench.device == "cpu" else {})
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    )
+    counts: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    ended = False
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while time.monotonic() < until:
+            if not selector.select(timeout=0.5):
+                continue
+            line = process.stdout.readline()
+            if not line:
+                ended = True
+                break
+            print(line, end="", flush=True)
+            if verdict := verdict_of(line):
+                kind, test = verdict
+                counts[kind] += 1
+                if kind in ("FAILED", "ERROR"):
+                    failed[test] = kind
+    if not ended:
+        process.kill()
+    status = process.wait()
+    for kind in ("PASSED", "SKIPPED", "XFAIL"):
+        if counts[kind] or kind == "PASSED":
+            yield replace(blank, case=kind.lower(), samples=(float(counts[kind]),))
+    yield replace(blank, case="all had their turn", **_whole(ended, status, counts))
+    for name, verdict in list(failed.items())[:_SHOWN]:
+        yield replace(
+            blank, workload="failures", case=name.rpartition("::")[2], reason=f"{verdict} {name}; see the log"
+        )
+    if len(failed) > _SHOWN:
+        yield replace(
+            blank, workload="failures", case="more", reason=f"FAILED {len(failed) - _SHOWN} more; see the log"
+        )
+
+
+def verdict_of(line: str) -> tuple[str, str] | None:
+    """("PASSED", the test's name) and the like, of a line of pytest -v, with xdist or without; None of any other."""
+    verdict, name = _VERDICT.search(line), _NAME.search(line)
+    return (verdict[1], name[1].strip()) if verdict and name else None
+
+
+def _whole(ended: bool, status: int, counts: Counter[str]) -> dict[str, object]:
+    if not ended:
+        return {"reason": f"{TIME_USED_UP} after {sum(counts.values())} tests"}
+    if status not in (0, 1) or not counts:
+        return {"reason": f"FAILED pytest ended with status {status} after {sum(counts.values())} tests; see the log"}
+    return {"samples": (float(sum(counts.values())),)}
+
+
+def _sanitized(tool: str, seconds: float, installed: bool) -> Row:
+    row = Row(suite="tests", workload="compute-sanitizer", case=tool, provider="antlm_fast", quantity="count")
+    if not installed:
+        return replace(row, reason="compute-sanitizer is not installed")
+    if seconds < 5:
+        return replace(row, reason=TIME_USED_UP)
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", sys.executable, "-m", "gpu_stages.sanitized"]
+    # an allocation of its own for each tensor, or a write past one would land in the allocator's pool unseen
+    environment = dict(os.environ) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        print(str(error.stdout)[-4000:])
+        return replace(row, reason=f"{TIME_USED_UP}: not done within {seconds:.0f} s")
+    print(done.stdout[-20_000:], flush=True)
+    return replace(row, **_findings(done.stdout, done.returncode))
+
+
+def _findings(output: str, status: int) -> dict[str, object]:
+    """Of the tool's last line; a program that did not get to its end has no findings but that."""
+    summary = re.search(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", output)
+    if "every kernel ran" not in output or summary is None:
+        return {"reason": f"FAILED the program under it ended with status {status}; see the log"}
+    count = int(summary[1] or summary[2])
+    return {"reason": f"FAILED {count} findings; see the log"} if count else {"samples": (0.0,)}
