@@ -86,16 +86,59 @@ def eager_disentangled(
 
 
 def flash_deberta(q: Tensor, k: Tensor, v: Tensor, q_rel: Tensor, k_rel: Tensor, *, causal: bool) -> Tensor:
-    """Its table has 2B rows from -B on, so ours gets one before the first; its second term looks up bucket(j - i)."""
+    """FlashDeBERTa 0.0.8."""
     from flashdeberta.ops.flash_attention import flash_attention_with_disentangled
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     buckets = (q_rel.shape[0] + 1) // 2
-    q_rel, k_rel = (F.pad(x, (0, 0, 0, 0, 1, 0)).permute(1, 2, 0) for x in (q_rel.flip(0), k_rel))
-    out = flash_attention_with_disentangled(
-        q, k, v, None, q @ k_rel, k @ q_rel, causal, (3 * q.shape[-1]) ** -0.5, buckets, MAX_POSITION
+    c2p, p2c = (_with_a_row_before(x)[None] for x in (k_rel, q_rel))
+    scale = (3 * q.shape[-1]) ** -0.5
+    out = flash_attention_with_disentangled(q, k, v, None, c2p, p2c, causal, scale, buckets, MAX_POSITION)
+    return out.transpose(1, 2)
+
+
+def disentangled_flash(q: Tensor, k: Tensor, v: Tensor, q_rel: Tensor, k_rel: Tensor, *, causal: bool) -> Tensor:
+    """DisentangledFlash 1.1.1, by its training function; it is bidirectional only."""
+    from disentangled_flash.position import pad_position_table
+    from disentangled_flash.training._kernels import training_attention
+
+    if causal:
+        raise RuntimeError("DisentangledFlash is bidirectional only")
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    plan = _disentangled_flash_plans((q_rel.shape[0] + 1) // 2).compact(q.shape[2], q.device)
+    c2p, p2c = (
+        pad_position_table(_with_a_row_before(x).index_select(1, plan.active_slots)).contiguous()
+        for x in (k_rel, q_rel)
+    )
+    mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    out = training_attention(
+        q,
+        k,
+        v,
+        c2p,
+        p2c,
+        plan.delta_to_local,
+        mask,
+        score_scale=(3 * q.shape[-1]) ** -0.5,
+        has_padding=False,
+        strict_fp32=True,
+        gradient_band=plan.gradient_band,
     )
     return out.transpose(1, 2)
+
+
+@functools.cache
+def _disentangled_flash_plans(buckets: int) -> Any:
+    from disentangled_flash.position import SharedPositionPlanCache
+
+    return SharedPositionPlanCache(
+        position_buckets=buckets, max_relative_positions=MAX_POSITION, position_embedding_size=buckets
+    )
+
+
+def _with_a_row_before(table: Tensor) -> Tensor:
+    """(heads, 2B, head_dim) of a table (2B - 1, heads, head_dim): DeBERTa has a row for bucket -B too, unused here."""
+    return F.pad(table, (0, 0, 0, 0, 1, 0)).transpose(0, 1)
 
 
 def flex_disentangled(q: Tensor, k: Tensor, v: Tensor, q_rel: Tensor, k_rel: Tensor, *, causal: bool) -> Tensor:
@@ -117,6 +160,7 @@ DISENTANGLED: dict[str, Callable[..., Tensor]] = {
     "einsum over gathered tables": functools.partial(eager_disentangled, form="einsum"),
     "FlexAttention": flex_disentangled,
     "FlashDeBERTa": flash_deberta,
+    "DisentangledFlash": disentangled_flash,
 }
 
 
