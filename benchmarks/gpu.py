@@ -137,8 +137,9 @@ def plan(stages: Sequence[Stage], minutes: float, device: str) -> list[str]:
     lines += [f"  {shape.title}, {shape.visibility}{', packed' if shape.packed else ''}" for shape in sizes.attention]
     lines.append("disentangled attention (batch, heads, tokens, head size): " + ", ".join(map(str, sizes.disentangled)))
     lines.append("loss (rows, hidden, vocabulary, labelled): " + ", ".join(map(str, sizes.cross_entropy)))
-    for scene in sizes.scenes:
-        lines.append(f"steps: {scene.model}, {scene.batch[0]} x {scene.batch[1]} tokens: {'; '.join(scene.variants)}")
+    for each in sizes.steps:
+        batches = ", ".join(f"{sequences} x {seqlen}" for sequences, seqlen in each.batches)
+        lines.append(f"steps: {each.model}, {batches} tokens: {'; '.join(each.variants + each.compiled)}")
     return lines
 
 

@@ -68,6 +68,11 @@ NOT_MEASURED = """\
 NO_GPU = "* No GPU: `--device cuda` (events, cache flushes, CUDA-graph replays) was run on fake tensors alone.\n"
 
 _TITLES = {
+    "stages": "How the stages ended, and their seconds",
+    "limits": "Ceilings",
+    "proof": "Smallest proof: the largest error, of what its budget allows",
+    "tests": "Tests with compiled kernels",
+    "tiles": "Tiles",
     "attention": "Attention, forward and backward",
     "disentangled": "Disentangled attention, forward and backward",
     "cross_entropy": "Head and loss, forward and backward",
@@ -77,6 +82,7 @@ _TITLES = {
     "memory": "Peak memory",
     "scaling": "How cost grows",
     "data": "Data",
+    "demo": "The demo in float32, on the GPU and on a CPU: losses",
 }
 
 
@@ -122,7 +128,8 @@ def machine(suites: Mapping[str, Any]) -> Iterator[str]:
 def section(name: str, suite: str, record: Mapping[str, Any], folder: str) -> Iterator[str]:
     rows = results.rows_of(record)
     yield f"## {_TITLES[suite]}\n"
-    yield f"`python benchmarks/run.py --suite {suite}`\n"
+    by_gpu = str(record["sizes"]).startswith("gpu.py")
+    yield "`python benchmarks/gpu.py`\n" if by_gpu else f"`python benchmarks/run.py --suite {suite}`\n"
     if any(row.samples for row in rows):
         yield f"![{_TITLES[suite]}]({folder}/{name}-{suite}.png)\n"
     for workload, own in results.workloads(rows):

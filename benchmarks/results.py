@@ -148,7 +148,7 @@ def _bars(suite: str, rows: Sequence[Row]) -> Any:
         height_ratios=heights,
     )
     for axis, (workload, own) in zip(axes[:, 0], panels, strict=True):
-        scale, unit = _SCALE[own[0].quantity]
+        scale, unit = _SCALE.get(own[0].quantity, (1.0, own[0].quantity))
         for place, row in enumerate(own):
             low, middle, high = (scale * value for value in quartiles(row.samples))
             colour = _OURS if row.provider.startswith("antlm_fast") or ": antlm_fast" in row.provider else _PEER

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import Bench
-from sizes import BOTH, SIZES, Scene
+from sizes import SIZES
 
 from antlm_fast.models import BabyLlamaConfig, LtgBertConfig
 
@@ -40,7 +40,7 @@ STAGES = (
         letter="a",
         name="limits",
         target="gpu_stages.limits:run",
-        minutes=0.3,
+        minutes=0.2,
         rehearsal_minutes=0.1,
         what="card, driver, versions; the two ceilings: bf16 product, copy; what a replayed graph costs by itself",
     ),
@@ -56,7 +56,7 @@ STAGES = (
         letter="c",
         name="tests",
         target="gpu_stages.gpu_tests:run",
-        minutes=1.7,
+        minutes=1.5,
         rehearsal_minutes=0.4,
         what="the tests marked gpu, compiled; compute-sanitizer memcheck and racecheck where it is installed",
     ),
@@ -64,7 +64,7 @@ STAGES = (
         letter="d",
         name="attention",
         target="gpu_stages.attention:run",
-        minutes=1.9,
+        minutes=1.8,
         rehearsal_minutes=0.4,
         what="attention forward, backward and both, beside SDPA's flash and cuDNN, FlexAttention, varlen, flash-attn",
     ),
@@ -72,7 +72,7 @@ STAGES = (
         letter="e",
         name="tiles",
         target="gpu_stages.tiles:run",
-        minutes=0.8,
+        minutes=0.7,
         rehearsal_minutes=0.3,
         what="the fastest tiles of head sizes 64 and 128 in bf16, as a patch; attention again with them",
     ),
@@ -88,7 +88,7 @@ STAGES = (
         letter="g",
         name="steps",
         target="gpu_stages.steps:run",
-        minutes=1.4,
+        minutes=2.0,
         rehearsal_minutes=0.6,
         what="training steps of both models beside Hugging Face, eager and compiled; what a flip costs",
     ),
@@ -96,7 +96,7 @@ STAGES = (
         letter="h",
         name="demo",
         target="gpu_stages.demo:run",
-        minutes=0.5,
+        minutes=0.4,
         rehearsal_minutes=0.5,
         what="steps of the recipe demo in float32, on the GPU and on the CPU: losses side by side",
     ),
@@ -129,6 +129,25 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepsOfModel:
+    """Training steps of one model's size.
+
+    Args:
+        model: name in GpuSizes.models.
+        batches: (sequences, tokens in each), in order of worth.
+        variants: names in step_workloads.VARIANTS, none of them compiled; the first is the one compared with.
+        compiled: variants that take a minute to compile, for the first batch and one objective alone.
+        objective: that of the compiled ones.
+    """
+
+    model: str
+    batches: tuple[tuple[int, int], ...]
+    variants: tuple[str, ...]
+    compiled: tuple[str, ...] = ()
+    objective: str = "CLM"
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuSizes:
     """How large the stages' work is. The first five are of `roofline.measure_limits` and of the training steps.
 
@@ -142,7 +161,7 @@ class GpuSizes:
         tile_head_dims, tile_sequences: of the tuning; (sequences, tokens in each).
         disentangled: (batch, heads, seqlen, head_dim) each.
         cross_entropy: (rows, hidden_size, vocab_size, labelled share) each.
-        scenes: training steps; flips, phase_steps: changes of the objective, and steps between two.
+        steps: training steps; flips, phase_steps: changes of the objective, and steps between two.
         demo_settings: of the recipe demo.
     """
 
@@ -160,7 +179,7 @@ class GpuSizes:
     tile_sequences: tuple[int, int]
     disentangled: tuple[tuple[int, int, int, int], ...]
     cross_entropy: tuple[tuple[int, int, int, float], ...]
-    scenes: tuple[Scene, ...]
+    steps: tuple[StepsOfModel, ...]
     flips: int
     phase_steps: int
     demo_settings: dict[str, str]
@@ -222,16 +241,6 @@ _ATTENTION = (
 )  # fmt: skip
 
 _BABY, _LTG = "BabyLlama-58M", "LTG-BERT small"
-_LLAMA = ("antlm_fast", "HF Llama eager", "HF Llama sdpa", "HF Llama sdpa, compiled",
-          "HF Llama sdpa, compiled, reduce-overhead")  # fmt: skip
-_BERTS = ("antlm_fast", "LTG-BERT gathered", "HF ModernBERT sdpa", "HF ModernBERT sdpa, compiled",
-          "HF ModernBERT sdpa, compiled, reduce-overhead")  # fmt: skip
-
-
-def _scene(model: str, batch: tuple[int, int], variants: tuple[str, ...], rounds: int) -> Scene:
-    return Scene(model=model, batch=batch, precision="bf16", objectives=BOTH, variants=variants, rounds=rounds)
-
-
 GPU_SIZES = {
     "cuda": GpuSizes(
         rounds=12,
@@ -261,11 +270,21 @@ GPU_SIZES = {
             (2048, 4096, 32000, 1.0),
             (2048, 2048, 102400, 1.0),
         ),
-        scenes=(
-            _scene(_BABY, (64, 128), _LLAMA, 12),
-            _scene(_BABY, (16, 128), _LLAMA, 12),
-            _scene(_LTG, (64, 128), _BERTS, 12),
-            _scene(_LTG, (16, 128), _BERTS[:3], 12),
+        steps=(
+            StepsOfModel(
+                model=_BABY,
+                batches=((64, 128), (16, 128)),
+                variants=("antlm_fast", "HF Llama eager", "HF Llama sdpa"),
+                compiled=("HF Llama sdpa, compiled", "HF Llama sdpa, compiled, reduce-overhead"),
+                objective="CLM",
+            ),
+            StepsOfModel(
+                model=_LTG,
+                batches=((64, 128), (16, 128)),
+                variants=("antlm_fast", "LTG-BERT gathered", "HF ModernBERT sdpa"),
+                compiled=("HF ModernBERT sdpa, compiled", "HF ModernBERT sdpa, compiled, reduce-overhead"),
+                objective="MLM",
+            ),
         ),
         flips=6,
         phase_steps=5,
@@ -294,7 +313,14 @@ GPU_SIZES = {
         tile_sequences=(2, 16),
         disentangled=((1, 1, 16, 16),),
         cross_entropy=((32, 32, 101, 1.0), (32, 32, 101, 0.15)),
-        scenes=(_scene("BabyLlama tiny", (2, 8), ("antlm_fast", "HF Llama sdpa"), 2),),
+        steps=(
+            StepsOfModel(
+                model="BabyLlama tiny",
+                batches=((2, 8),),
+                variants=("antlm_fast", "HF Llama sdpa"),
+                compiled=("HF Llama sdpa, compiled, reduce-overhead",),
+            ),
+        ),
         flips=1,
         phase_steps=2,
         demo_settings={

@@ -219,48 +219,48 @@ def _loss_call(case: Case, sizes: Any) -> tuple[Call, list[Tensor]]:
 
 
 def compiled_ahead(bench: GpuBench) -> Row:
-    """Both recipes' kernels and the loss's, compiled on all cores at once: the stages find them in Triton's cache."""
+    """All kernels of the cases on all cores at once, into Triton's cache, where this and later stages find them."""
     from antlm_fast.kernels.triton_support.launch import arch_of
 
     arch = arch_of(torch.device("cuda"))
-    begun = time.monotonic()
-    jobs = [
-        (arch, head_dim, heads, kv_heads, dropout, bucket_size)
-        for head_dim, heads, kv_heads in ((64, 32, 32), (128, 16, 16), (64, 4, 2))
-        for dropout, bucket_size in ((False, None), (True, None), (False, BUCKETS), (True, BUCKETS))
-        if kv_heads == heads or bucket_size is None
-    ]
     row = Row(suite="proof", workload="kernels compiled ahead", case=arch, provider="antlm_fast triton")
+    begun = time.monotonic()
+    jobs = [(name, place, arch) for name, case in CASES.items() for place in range(2 if case.op == "loss" else 4)]
+    # no process of the pool touches the GPU
+    pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=get_context("spawn"))
     try:
-        # no process of the pool touches the GPU
-        with ProcessPoolExecutor(min(len(jobs) + 1, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-            done = [pool.submit(_compile_attention, *job) for job in jobs] + [pool.submit(_compile_loss, arch)]
-            count = sum(each.result(timeout=max(bench.left(), 1.0)) for each in done)
+        for done in [pool.submit(_compile, *job) for job in jobs]:
+            done.result(timeout=max(bench.left(), 1.0))
     except Exception as error:  # what cannot be compiled fails again, by name, in its case
         return replace(row, reason=told(error))
-    return replace(row, samples=(time.monotonic() - begun,), amount=float(count), unit="kernels/s")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return replace(row, samples=(time.monotonic() - begun,), amount=float(len(jobs)), unit="kernels/s")
 
 
-def _compile_attention(
-    arch: str, head_dim: int, heads: int, kv_heads: int, dropout: bool, bucket_size: int | None
-) -> int:
-    from antlm_fast.kernels.attention.triton_launches import offline_launches
-
-    launches = offline_launches(
-        arch, torch.bfloat16, head_dim, heads, kv_heads, dropout=dropout, kind="half", bucket_size=bucket_size
-    )
-    return _compile(launches, arch)
-
-
-def _compile_loss(arch: str) -> int:
-    from antlm_fast.kernels.linear_cross_entropy.triton_launches import offline_launches
-
-    return _compile(offline_launches(arch, torch.bfloat16, 512, 16001, kind="half"), arch)
-
-
-def _compile(launches: list[Any], arch: str) -> int:
+def _compile(name: str, place: int, arch: str) -> None:
     from antlm_fast.kernels.triton_support.offline import target
 
-    for launch in launches:
-        launch.compile_for(target(arch))
-    return len(launches)
+    offline_launches_of(CASES[name], arch)[place].compile_for(target(arch))
+
+
+def offline_launches_of(case: Case, arch: str) -> list[Any]:
+    """The launches of a case, for a GPU that need not be there."""
+    from antlm_fast.kernels.attention import triton_launches
+    from antlm_fast.kernels.linear_cross_entropy import triton_launches as loss_launches
+
+    kind = "ieee" if case.dtype == torch.float32 else "half"
+    if case.op == "loss":
+        options = {"biased": case.options, "softcap": case.options, "smoothed": case.options}
+        return loss_launches.offline_launches(arch, case.dtype, 512, 16001, kind=kind, **options)
+    heads = GPU_SIZES["cuda"].proof_heads
+    return triton_launches.offline_launches(
+        arch,
+        case.dtype,
+        case.head_dim,
+        heads,
+        heads // case.group,
+        dropout=case.dropout_p > 0,
+        kind=kind,
+        bucket_size=BUCKETS if case.op == "disentangled" else None,
+    )

@@ -1,57 +1,93 @@
 """Stage g: whole training steps beside Hugging Face, and what a flip of the objective costs.
 
-As the suites train_step and switch of benchmarks/run.py, whose code this shares; but all variants are started and
-compiled at the same time, so the time to the first step would mean nothing, and is left out. A compiled variant is
-compiled for each objective. A step's time is the clock's, from an idle device to an idle device.
+As the suites train_step and switch of benchmarks/run.py, whose code this shares; but all variants are started at the
+same time and kept for all batches, so the time to the first step would mean nothing, and is left out. Those that are
+compiled come last, for they take a minute. A step's time is the clock's, from an idle device to an idle device.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from harness import TIME_USED_UP, Call, Provider, Row, measure, told
-from step_workloads import VARIANTS, Stage, shared_out, title, with_findings, work_of
+from harness import TIME_USED_UP, Bench, Call, Provider, Row, measure, told
+from sizes import BOTH, Scene
+from step_workloads import VARIANTS, Stage, title, with_findings, work_of
 
-from gpu_stages.plan import GpuBench
+from gpu_stages.plan import GpuBench, StepsOfModel
 
 _OTHER = {"CLM": "MLM", "MLM": "CLM"}
 
 
 def run(bench: GpuBench) -> Iterator[list[Row]]:
-    for number, scene in enumerate(bench.sizes.scenes):
+    parts = [(plan, False) for plan in bench.sizes.steps] + [
+        (plan, True) for plan in bench.sizes.steps if plan.compiled
+    ]
+    for number, (plan, compiled) in enumerate(parts):
         if bench.left() < 0:
             return
-        own = shared_out(bench, number)
-        with Stage(own, scene) as stage:
-            yield steps(own, stage)
-            if number % 2 == 0:  # a model's first scene
-                yield from flips(own, stage)
+        # one that is compiled counts three times
+        weights = [3.0 if slow else 1.0 for _, slow in parts[number:]]
+        own = replace(bench, until=time.monotonic() + bench.left() * weights[0] / sum(weights))
+        yield from (_compiled if compiled else _eager)(own, plan)
 
 
-def steps(bench: GpuBench, stage: Stage) -> list[Row]:
+def _eager(bench: GpuBench, plan: StepsOfModel) -> Iterator[list[Row]]:
+    scenes = [_scene(bench, plan, batch, plan.variants, BOTH) for batch in plan.batches]
+    with Stage(bench, scenes[0]) as stage:
+        for number, scene in enumerate(scenes):
+            stage.scene = scene  # other batches, in the same processes
+            stage.extras.clear()
+            yield steps(bench, stage, title(scene))
+            if number == 0:
+                yield from flips(bench, stage)
+
+
+def _compiled(bench: GpuBench, plan: StepsOfModel) -> Iterator[list[Row]]:
+    scene = _scene(bench, plan, plan.batches[0], (plan.variants[0], *plan.compiled), (plan.objective,))
+    with Stage(bench, scene) as stage:
+        yield steps(bench, stage, f"{title(scene)}, compiled peers")
+
+
+def _scene(
+    bench: GpuBench, plan: StepsOfModel, batch: tuple[int, int], variants: Sequence[str], objectives: tuple[str, ...]
+) -> Scene:
+    rounds = bench.sizes.rounds
+    return Scene(
+        model=plan.model,
+        batch=batch,
+        precision="bf16",
+        objectives=objectives,
+        variants=tuple(variants),
+        rounds=rounds,
+    )
+
+
+def steps(bench: Bench, stage: Stage, workload: str) -> list[Row]:
     scene = stage.scene
     for name in scene.variants:  # what is exact is computed once, before all ask for it
         for objective in scene.objectives:
             stage.exact(VARIANTS[name], objective)
-    with ThreadPoolExecutor(len(scene.variants)) as pool:
-        ready = {name: pool.submit(_prepared, stage, name) for name in scene.variants}
-        providers = [
-            Provider(
-                case=objective,
-                name=name,
-                prepare=functools.partial(_ready, ready[name], objective),
-                amount=scene.batch[0] * scene.batch[1],
-                unit="tokens/s",
-                floor=bench.floor(work_of(stage, objective), scene.precision),
-            )
-            for objective in scene.objectives
-            for name in scene.variants
-        ]
-        rows = measure("train_step", title(scene), providers, rounds=scene.rounds, warmup=2, until=bench.until)
+    pool = ThreadPoolExecutor(len(scene.variants))
+    ready = {name: pool.submit(_prepared, stage, name) for name in scene.variants}
+    providers = [
+        Provider(
+            case=objective,
+            name=name,
+            prepare=functools.partial(_ready, ready[name], objective),
+            amount=scene.batch[0] * scene.batch[1],
+            unit="tokens/s",
+            floor=bench.floor(work_of(stage, objective), scene.precision),
+        )
+        for objective in scene.objectives
+        for name in scene.variants
+    ]
+    rows = measure("train_step", workload, providers, rounds=scene.rounds, warmup=2, until=bench.until)
+    pool.shutdown(wait=True)  # a worker does one thing at a time
     return [with_findings(bench, scene, stage, row) for row in rows]
 
 

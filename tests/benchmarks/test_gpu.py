@@ -169,6 +169,10 @@ def test_every_stage_reports_though_one_crashes(tmp_path):
         ours = [row for row in rows_in(tmp_path / "out", suite) if "antlm_fast" in row.provider]
         assert ours, suite
         assert all(row.samples for row in ours), suite
+    text = module("report").document({"here": suites})
+    assert "## How the stages ended, and their seconds\n\n`python benchmarks/gpu.py`" in text
+    assert "`python benchmarks/run.py --suite" not in text
+    assert module("results").draw(tmp_path / "out" / "gpu.json", suites)
     # the two runs of the demo are the same run here
     assert all(row.samples == (0.0,) for row in rows_in(tmp_path / "out", "demo") if row.workload == "differences")
     assert json.loads((tmp_path / "out" / "tiles.json").read_text()).keys() >= {"sm_80", "sm_90"}
