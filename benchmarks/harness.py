@@ -248,7 +248,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield f"{rows[0].suite}: {rows[0].workload}"
     yield HEADER
     for one in rows:
-        label = f"  {one.case:20}{one.provider:39}"
+        label = f"  {one.case:20}{one.provider:38} "
         if not one.samples:
             yield f"{label}{one.reason}"
             continue
