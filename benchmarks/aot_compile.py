@@ -143,6 +143,17 @@ def row_of(config: Config) -> dict[str, Any]:
     return {"tile": list(astuple(launch.tile))} | _or_error(lambda: resources_of(launch, config.arch))
 
 
+def refusal_of(config: Config) -> dict[str, Any]:
+    """Nothing if a configuration compiles, else its error. The binary is not looked at: any Triton can be asked."""
+    launch = launch_of(config)
+
+    def work() -> dict[str, Any]:
+        launch.compile_for(target(config.arch))
+        return {}
+
+    return _or_error(work)
+
+
 def _or_error(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the work returns, or {"error": one line}: a kernel that does not compile must not cost the others' rows."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
