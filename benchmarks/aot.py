@@ -108,14 +108,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compiles(configs: Sequence[Any], workers: int) -> int:
-    """Prints what does not compile, and how many do on each architecture; the exit status."""
-    from aot_compile import refusal_of
+    """Prints what does not compile or fit the device, and how many do on each architecture; the exit status."""
+    from aot_compile import shared_of
 
     with _processes(workers) as pool:
-        rows = _compiled(pool, refusal_of, configs, "configurations")
-    refused = {name: row["error"] for name, row in rows.items() if row}
-    for name, error in refused.items():
-        print(f"FAIL {name} does not compile: {error}")
+        rows = _compiled(pool, shared_of, configs, "configurations")
+    refused = []
+    for config in configs:
+        row, limit = rows[config.name], aot_report.SHARED_LIMIT[config.arch]
+        if "error" in row:
+            print(f"FAIL {config.name} does not compile: {row['error']}")
+        elif row["shared_bytes"] > limit:
+            print(f"FAIL {config.name} takes {row['shared_bytes']} bytes of shared memory; {limit} are there")
+        else:
+            continue
+        refused.append(config.name)
     counts = []
     for arch in dict.fromkeys(config.arch for config in configs):
         names = [config.name for config in configs if config.arch == arch]

@@ -143,15 +143,10 @@ def row_of(config: Config) -> dict[str, Any]:
     return {"tile": list(astuple(launch.tile))} | _or_error(lambda: resources_of(launch, config.arch))
 
 
-def refusal_of(config: Config) -> dict[str, Any]:
-    """Nothing if a configuration compiles, else its error. The binary is not looked at: any Triton can be asked."""
+def shared_of(config: Config) -> dict[str, Any]:
+    """A configuration's shared memory, or its error: what any Triton tells, without a look at the binary."""
     launch = launch_of(config)
-
-    def work() -> dict[str, Any]:
-        launch.compile_for(target(config.arch))
-        return {}
-
-    return _or_error(work)
+    return _or_error(lambda: {"shared_bytes": launch.compile_for(target(config.arch)).metadata.shared})
 
 
 def _or_error(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
