@@ -1,8 +1,9 @@
 """The package with other versions of torch and Triton than the one it is developed with: `make versions`.
 
 A pair of torch and Triton gets an environment of its own under build/versions, which a later run uses again. In it
-every shipped kernel is compiled for three architectures, and the tests run: those that Triton interprets, and the CPU's
-of kernels, models and training. The other versions of Triton that pyproject.toml admits only compile. Long: by hand.
+every kernel is compiled for three architectures, in every kind of number and with every option, at the head size of the
+recipes; and the tests run: those that Triton interprets, and the CPU's of kernels, models and training. The other
+versions of Triton that pyproject.toml admits only compile. Long: by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PAIRS = (("2.8.0", "3.4.0"), ("2.11.0", "3.6.0"), ("2.14.1", "3.8.0"))
 # the others, which compile beside the torch of the python that runs this
 TRITONS = ("3.5.1", "3.7.1", "3.9.0")
-COMPILE = ("benchmarks/aot.py", "--compiles", "--archs", "sm_80", "sm_90", "sm_100")
+COMPILE = ("benchmarks/aot.py", "--compiles", "--archs", "sm_80", "sm_90", "sm_100", "--head-dims", "64", "768")
 RECIPES = ("antlm-babyllama", "antlm-ltgbert")
 ON_A_CPU = ("tests/kernels", "tests/models", "tests/training")
 
@@ -101,7 +102,7 @@ def compiled_alone(triton: str, workers: str) -> Report:
 
 
 def compile_kernels(report: Report, python: str, env: dict[str, str], workers: str) -> None:
-    """All shipped kernels, and what `antlm-fast prime` compiles for a recipe."""
+    """Attention's and the loss's kernels, and what `antlm-fast prime` compiles for a recipe."""
     report.step([python, *COMPILE, "--workers", workers], env, r"^compiled with Triton \S+, torch \S+: (.*)$")
     archs = [word for arch in ("80", "90", "100") for word in ("--arch", arch)]
     for recipe in RECIPES:
