@@ -5,7 +5,7 @@
 # make sanitize  the C++ kernels, built with the address, undefined-behaviour and thread sanitizers, on random calls (long)
 # make aot    compile the shipped kernels for every architecture; compare registers, spills, memory and loops with
 #             benchmarks/aot_table.json (minutes)
-# make compiles  compile the shipped kernels with an older Triton, TRITON=3.6.0 (two minutes)
+# make compiles  compile the recipes' kernels with an older Triton, TRITON=3.6.0 (two minutes)
 # make versions  kernels and tests with the oldest, the newest and other torch and Triton, in environments of their own
 #             under build/versions (long, gigabytes); some alone: ONLY='3.4.0 3.6.0', by their Triton
 #
@@ -72,14 +72,14 @@ ir: $(VENV)/dev.installed
 aot: $(VENV)/dev.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/aot.py --compare
 
-# what `antlm-fast prime` compiles for the recipes, in every kind of number, and the loss
+# what `antlm-fast prime` compiles for the recipes, float16 and grouped heads beside it, and the loss
 TRITON ?= 3.6.0
 OTHER_TRITON = $(VENV)/triton-$(TRITON)
 compiles: $(VENV)/dev.installed
 	@if [ -d $(OTHER_TRITON) ] || { $(PIP) install --no-deps --target $(OTHER_TRITON).part 'triton==$(TRITON)' \
 	  && mv $(OTHER_TRITON).part $(OTHER_TRITON); }; \
 	then OMP_NUM_THREADS=1 PYTHONPATH=$(OTHER_TRITON) $(BIN)/python benchmarks/aot.py --compiles \
-	  --archs sm_80 sm_90 sm_100 --head-dims 64 768; \
+	  --archs sm_80 sm_90 sm_100 --head-dims 64 768 --kinds half; \
 	else echo "make compiles: skipped: Triton $(TRITON) could not be installed"; fi
 
 ONLY ?=
