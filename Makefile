@@ -5,6 +5,9 @@
 # make sanitize  the C++ kernels, built with the address, undefined-behaviour and thread sanitizers, on random calls (long)
 # make aot    compile the shipped kernels for every architecture; compare registers, spills, memory and loops with
 #             benchmarks/aot_table.json (minutes)
+# make compiles  compile the recipes' kernels with an older Triton, TRITON=3.6.0 (two minutes)
+# make versions  kernels and tests with the oldest, the newest and other torch and Triton, in environments of their own
+#             under build/versions (long, gigabytes); some alone: ONLY='3.4.0 3.6.0', by their Triton
 #
 # torch is chosen for your hardware, once, and never replaced:
 #   torch already in $(PYTHON)      used as it is (the environment sees it)
@@ -35,7 +38,7 @@ INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_prop
   tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
   tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
 
-.PHONY: demo test native sanitize ir aot lint clean
+.PHONY: demo test native sanitize ir aot compiles versions lint clean
 
 demo: $(VENV)/train.installed
 	$(BIN)/python -m antlm_fast.cli train --recipe demo --output runs/demo --resume
@@ -68,6 +71,20 @@ ir: $(VENV)/dev.installed
 
 aot: $(VENV)/dev.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/aot.py --compare
+
+# what `antlm-fast prime` compiles for the recipes, float16 and grouped heads beside it, and the loss
+TRITON ?= 3.6.0
+OTHER_TRITON = $(VENV)/triton-$(TRITON)
+compiles: $(VENV)/dev.installed
+	@if [ -d $(OTHER_TRITON) ] || { $(PIP) install --no-deps --target $(OTHER_TRITON).part 'triton==$(TRITON)' \
+	  && mv $(OTHER_TRITON).part $(OTHER_TRITON); }; \
+	then OMP_NUM_THREADS=1 PYTHONPATH=$(OTHER_TRITON) $(BIN)/python benchmarks/aot.py --compiles \
+	  --archs sm_80 sm_90 sm_100 --head-dims 64 768 --kinds half; \
+	else echo "make compiles: skipped: Triton $(TRITON) could not be installed"; fi
+
+ONLY ?=
+versions: native
+	$(BIN)/python tests/versions.py $(if $(ONLY),--triton $(ONLY)) --interpreted $(INTERPRETED)
 
 lint: $(VENV)/dev.installed
 	$(TOOLS) ruff check .

@@ -5,7 +5,6 @@ The binaries go into Triton's cache, under the keys that the model's own launche
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,11 +106,7 @@ def prime(sizes: AttentionSizes, arch: str | None = None) -> Iterator[PrimedKern
 
 def cache_folder() -> Path:
     """Where Triton keeps what it compiled."""
-    if hasattr(triton, "knobs"):
-        return Path(triton.knobs.cache.dir)
-    from triton.runtime.cache import default_cache_dir  # before Triton 3.4
-
-    return Path(os.environ.get("TRITON_CACHE_DIR", "").strip() or default_cache_dir())
+    return Path(triton.knobs.cache.dir)
 
 
 def _compile(sizes: AttentionSizes, row: str, gpu: GPUTarget, kind: str) -> Iterator[PrimedKernel]:

@@ -2,7 +2,8 @@
 
 Compiles attention's and the loss's kernels in the shipped configurations, reads registers, spills, shared memory and
 the instructions of the main loops from the binaries, and fails where they grew against benchmarks/aot_table.json. No
-kernel runs, so nothing here is a time. A change that is meant: `python benchmarks/aot.py --write --compare`."""
+kernel runs, so nothing here is a time. A change that is meant: `python benchmarks/aot.py --write --compare`.
+Whether another Triton compiles them at all: `--compiles`, with that Triton first on PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--write", action="store_true", help="put what was compiled into the table, then judge by rules"
     )
     parser.add_argument("--compare", action="store_true", help="also with visibility as a constant, and a plain kernel")
+    parser.add_argument("--compiles", action="store_true", help="only whether every kernel compiles, with any Triton")
     parser.add_argument("--markdown", action="store_true", help="print the table for the docs; compiles nothing")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile; default: 2")
     parser.add_argument("--table", type=Path, default=aot_report.TABLE, metavar="FILE.json")
@@ -75,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = [config for config in configs if (config.option or "none") in arguments.options]
     if arguments.write and len(configs) < len(whole) and table["triton"] not in (None, _version("triton")):
         parser.error(f"--write must be of the whole table: the old one was made with Triton {table['triton']}")
+    if arguments.compiles:
+        return compiles(configs, arguments.workers)
     cases = []
     if arguments.compare and "half" in chosen["kinds"]:
         cases = aot_compile.comparison_cases(chosen["archs"], chosen["head_dims"], chosen["kernels"])
     started = time.perf_counter()
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+    with _processes(arguments.workers) as pool:
         rows = _compiled(pool, aot_compile.row_of, configs, "configurations")
         comparison = _compiled(pool, aot_compile.comparison_of, cases, "comparisons")
     seconds = time.perf_counter() - started
@@ -101,6 +105,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     print(f"{len(failures)} failures" if failures else "every kernel holds")
     return 1 if failures else 0
+
+
+def compiles(configs: Sequence[Any], workers: int) -> int:
+    """Prints what does not compile or fit the device, and how many do on each architecture; the exit status."""
+    from aot_compile import shared_of
+
+    with _processes(workers) as pool:
+        rows = _compiled(pool, shared_of, configs, "configurations")
+    refused = []
+    for config in configs:
+        row, limit = rows[config.name], aot_report.SHARED_LIMIT[config.arch]
+        if "error" in row:
+            print(f"FAIL {config.name} does not compile: {row['error']}")
+        elif row["shared_bytes"] > limit:
+            print(f"FAIL {config.name} takes {row['shared_bytes']} bytes of shared memory; {limit} are there")
+        else:
+            continue
+        refused.append(config.name)
+    counts = []
+    for arch in dict.fromkeys(config.arch for config in configs):
+        names = [config.name for config in configs if config.arch == arch]
+        counts.append(f"{arch} {len(set(names) - set(refused))} of {len(names)}")
+    print(f"compiled with Triton {_version('triton')}, torch {_version('torch')}: {', '.join(counts)}")
+    return 1 if refused else 0
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
 
 def cannot_compile() -> str | None:

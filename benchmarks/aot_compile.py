@@ -143,6 +143,12 @@ def row_of(config: Config) -> dict[str, Any]:
     return {"tile": list(astuple(launch.tile))} | _or_error(lambda: resources_of(launch, config.arch))
 
 
+def shared_of(config: Config) -> dict[str, Any]:
+    """A configuration's shared memory, or its error: what any Triton tells, without a look at the binary."""
+    launch = launch_of(config)
+    return _or_error(lambda: {"shared_bytes": launch.compile_for(target(config.arch)).metadata.shared})
+
+
 def _or_error(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the work returns, or {"error": one line}: a kernel that does not compile must not cost the others' rows."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:

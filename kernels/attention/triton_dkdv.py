@@ -83,7 +83,9 @@ def _walk_rows(
         else:
             log2_sums, delta = tl.load(log2_sums_ptr + rows), tl.load(delta_ptr + rows)
         if buckets_ptr is not None:
-            c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[None, :], len_q, TABLE_ROWS, MASKED, WIDE)
+            c2p_ptrs = c2p_ptr
+            if c2p_ptr is not None:
+                c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[None, :], len_q, TABLE_ROWS, MASKED, WIDE)
             terms = relative_scores(c2p_ptrs, p2c_ptrs, buckets_ptr, (rows + len_k - len_q)[None, :] - cols[:, None])
             scores = tl.dot(k, tl.trans(q), terms, input_precision=PRECISION)
         else:
@@ -208,9 +210,11 @@ def dkdv_kernel(
     # Relative positions, of one query head for each key head.
     if buckets_ptr is not None:
         buckets_ptr += reach
-    p2c_ptrs = term_rows(p2c_ptr, kv_head, total_k, start_k, cols[:, None], len_k, TABLE_ROWS, True, WIDE)
-    run_starts, runs = None, None
+    p2c_ptrs = p2c_ptr
+    run_starts = None
+    runs = tl.zeros([1], tl.float32)  # stands for no sums: the walk hands it back, and the compiler drops it
     if p2c_ptr is not None:
+        p2c_ptrs = term_rows(p2c_ptr, kv_head, total_k, start_k, cols[:, None], len_k, TABLE_ROWS, True, WIDE)
         buckets = tl.arange(0, TABLE_ROWS)
         run_starts = tl.load(run_starts_ptr + buckets)
         runs = tl.zeros([BLOCK_N, TABLE_ROWS], tl.float32)

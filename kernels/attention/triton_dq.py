@@ -90,7 +90,9 @@ def _walk_keys(
         k = load_rows(k_ptrs + offset(col, stride_kt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         v = load_rows(v_ptrs + offset(col, stride_vt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         if buckets_ptr is not None:
-            p2c_ptrs = term_rows(p2c_ptr, head, total_k, start_k, cols[None, :], len_k, TABLE_ROWS, MASKED, WIDE)
+            p2c_ptrs = p2c_ptr
+            if p2c_ptr is not None:
+                p2c_ptrs = term_rows(p2c_ptr, head, total_k, start_k, cols[None, :], len_k, TABLE_ROWS, MASKED, WIDE)
             terms = relative_scores(c2p_ptrs, p2c_ptrs, buckets_ptr, cols[None, :] - positions[:, None])
             scores = tl.dot(q, tl.trans(k), terms, input_precision=PRECISION)
         else:
@@ -204,9 +206,11 @@ def dq_kernel(
     positions = rows + len_k - len_q
     if buckets_ptr is not None:
         buckets_ptr += reach
-    c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[:, None], len_q, TABLE_ROWS, True, WIDE)
-    run_starts, runs = None, None
+    c2p_ptrs = c2p_ptr
+    run_starts = None
+    runs = tl.zeros([1], tl.float32)  # stands for no sums: the walk hands it back, and the compiler drops it
     if c2p_ptr is not None:
+        c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[:, None], len_q, TABLE_ROWS, True, WIDE)
         buckets = tl.arange(0, TABLE_ROWS)
         run_starts = tl.load(run_starts_ptr + buckets)
         runs = tl.zeros([BLOCK_M, TABLE_ROWS], tl.float32)

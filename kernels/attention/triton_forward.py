@@ -63,7 +63,9 @@ def _attend(
         k = load_rows(k_ptrs + offset(col, stride_kt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         v = load_rows(v_ptrs + offset(col, stride_vt, WIDE), cols, len_k, HEAD_DIM, BLOCK_D, MASKED)
         if buckets_ptr is not None:
-            p2c_ptrs = term_rows(p2c_ptr, head, total_k, start_k, cols[None, :], len_k, TABLE_ROWS, MASKED, WIDE)
+            p2c_ptrs = p2c_ptr
+            if p2c_ptr is not None:
+                p2c_ptrs = term_rows(p2c_ptr, head, total_k, start_k, cols[None, :], len_k, TABLE_ROWS, MASKED, WIDE)
             terms = relative_scores(c2p_ptrs, p2c_ptrs, buckets_ptr, cols[None, :] - positions[:, None])
             scores = tl.dot(q, tl.trans(k), terms, input_precision=PRECISION)
         else:
@@ -169,7 +171,9 @@ def forward_kernel(
     positions = rows + len_k - len_q
     if buckets_ptr is not None:
         buckets_ptr += reach
-    c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[:, None], len_q, TABLE_ROWS, True, WIDE)
+    c2p_ptrs = c2p_ptr
+    if c2p_ptr is not None:
+        c2p_ptrs = term_rows(c2p_ptr, head, total_q, start_q, rows[:, None], len_q, TABLE_ROWS, True, WIDE)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -3,6 +3,7 @@
 A score may hold c2p[i, b] and p2c[j, b] beside q_i . k_j, with b the bucket of the distance from key j to query i. The
 terms are products with the relative tables (c2p = q k_rel^T, p2c = k q_rel^T), one row of TABLE_ROWS numbers for each
 query and each key; the kernels look numbers of them up. Where a call has neither term, nothing of this is compiled.
+A term that is not there is None, which a jitted function may take but not return: Triton below 3.7 cannot compile that.
 
 The bucket never decreases with the distance. So along a tile's axis the pairs of a bucket lie side by side, and a sum
 over a bucket is the difference of two running sums: no atomics, one order, and a bucket without a distance gets 0.
@@ -20,16 +21,13 @@ from antlm_fast.kernels.attention.triton_visibility import offset
 def term_rows(
     ptr, head, total, start, rows, length, TABLE_ROWS: tl.constexpr, CLAMPED: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Pointers to the rows of a term (heads, total, TABLE_ROWS); None where there is no term.
+    """Pointers to the rows of a term (heads, total, TABLE_ROWS), which must be there.
 
     CLAMPED: a row past the sequence's end is read as its last one. Nothing may come of it, but it must be there.
     """
-    found = None
-    if ptr is not None:
-        if CLAMPED:
-            rows = tl.maximum(tl.minimum(rows, length - 1), 0)
-        found = ptr + (head.to(tl.int64) * total + start) * TABLE_ROWS + offset(rows, TABLE_ROWS, WIDE)
-    return found
+    if CLAMPED:
+        rows = tl.maximum(tl.minimum(rows, length - 1), 0)
+    return ptr + (head.to(tl.int64) * total + start) * TABLE_ROWS + offset(rows, TABLE_ROWS, WIDE)
 
 
 @triton.jit

@@ -19,6 +19,11 @@ def unavailable_reason(device_type: str) -> str | None:
     return "Triton kernels run on CUDA devices (on the CPU, slowly, where TRITON_INTERPRET=1 was set at the start)"
 
 
+# torch.compile calls it and does not look inside, where torch before 2.13 cannot follow find_spec: what
+# torch.compiler.assume_constant_result does, without its import of dynamo, which takes two seconds
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _too_old() -> str | None:
     if torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
         return None

@@ -1,15 +1,17 @@
 """Triton's interpreter (TRITON_INTERPRET=1), made right where it is silently wrong about bfloat16.
 
-Triton 3.9 keeps a bfloat16 value as raw uint16 bits, and then adds, multiplies, compares and reduces those bits as if
-they were integers; casts to bfloat16 truncate. Here every operation on floats widens bfloat16 to float32, computes, and
-rounds the result to nearest, ties to even, as the hardware does. Moves (load, select, broadcast) are right on bits.
+Triton keeps a bfloat16 value as raw uint16 bits (3.9 does), and then adds, multiplies, compares and reduces those bits
+as if they were integers; casts to bfloat16 truncate. Here every operation on floats widens bfloat16 to float32,
+computes, and rounds the result to nearest, ties to even, as the hardware does. Moves (load, select, broadcast) are
+right on bits.
+
+Triton below 3.7 also takes an array of one element for an integer, which NumPy from 2.4 on refuses.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +24,11 @@ def interpreting() -> bool:
         return False
     import triton
 
-    if not hasattr(triton, "knobs"):  # before Triton 3.4
-        return os.environ.get("TRITON_INTERPRET") == "1"
     return bool(triton.knobs.runtime.interpret)
 
 
-def correct_bfloat16() -> None:
-    """Make the interpreter's bfloat16 right, in this process, for good. Does nothing outside interpret mode."""
+def correct_interpreter() -> None:
+    """Make the interpreter right, in this process, for good. Does nothing outside interpret mode."""
     if interpreting():
         _patch_interpreter()
 
@@ -106,8 +106,17 @@ def _patch_interpreter() -> None:
         return wide
 
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    # a constant; Triton below 3.7 has none of this type
+    builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
     scans = interpreter.ReduceScanOpInterface
     scans.apply = reduced_in_float32(scans.apply)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     # a GPU computes NaN and infinity without a warning, and so shall this
     executor = interpreter.GridExecutor
     executor.__call__ = np.errstate(all="ignore")(executor.__call__)

@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
 from antlm_fast.kernels.dispatch import UnsupportedError
-from antlm_fast.kernels.triton_support.interpreter import correct_bfloat16
+from antlm_fast.kernels.triton_support.interpreter import correct_interpreter
 from antlm_fast.kernels.triton_support.offline import compile_offline
 
 _logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Launch:
         Raises:
             triton.runtime.errors.OutOfResources: even the smallest tile needs more than the device has.
         """
-        correct_bfloat16()
+        correct_interpreter()
         constants = tuple(value for name, value in self.arguments.items() if name.isupper())
         dtypes = tuple(x.dtype for x in self.arguments.values() if isinstance(x, torch.Tensor))
         key = (self.kernel, constants, dtypes, self.arguments.get("group"), self.tile, device)

@@ -58,7 +58,7 @@ class _AbsentGpu:
 @contextmanager
 def standing_in(target: GPUTarget) -> Iterator[None]:
     """Make the target the machine's GPU as Triton sees it; the previous driver comes back whatever happens."""
-    # asking for driver.active would create the real driver, which raises where there is no GPU. Triton up to 3.3
+    # asking for driver.active would create the real driver, which raises where there is no GPU. Triton up to 3.4
     # keeps a lazy proxy in the attribute itself
     attribute = "_active" if hasattr(driver, "_active") else "active"
     previous = getattr(driver, attribute)

@@ -331,3 +331,21 @@ def test_interpreting_is_no_compiling(gate, monkeypatch, capsys):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     assert gate.main([]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_with_another_triton_what_neither_compiles_nor_fits_fails(gate, compiling, monkeypatch, capsys):
+    configs = list(compiling.configurations(("sm_80",), ("half",), (64,), ("forward",)))[:3]
+    answers = [{"shared_bytes": 166912}, {"shared_bytes": 166913}, {"error": "CompilationError: None"}]
+    rows = {config.name: answer for config, answer in zip(configs, answers, strict=True)}
+    monkeypatch.setattr(
+        gate, "_compiled", lambda pool, work, chosen, what: {one.name: rows[one.name] for one in chosen}
+    )
+    assert gate.compiles(configs[:1], 1) == 0
+    assert capsys.readouterr().out.endswith(": sm_80 1 of 1\n")
+    assert gate.compiles(configs, 1) == 1
+    *failures, counts = capsys.readouterr().out.splitlines()
+    assert failures == [
+        f"FAIL {configs[1].name} takes 166913 bytes of shared memory; 166912 are there",
+        f"FAIL {configs[2].name} does not compile: CompilationError: None",
+    ]
+    assert counts.endswith(": sm_80 1 of 3")

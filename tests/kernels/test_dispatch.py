@@ -128,6 +128,17 @@ def test_triton_attention_says_why_it_cannot_run_on_a_cpu(monkeypatch: pytest.Mo
     assert str(packed.value).startswith(f"attention_varlen(impl='triton'): {reason}")
 
 
+def test_whether_triton_serves_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.13 cannot follow find_spec: no op was one graph there."""
+    monkeypatch.setattr(availability, "find_spec", torch.compiler.disable(lambda name: None))
+
+    def length(x: torch.Tensor) -> torch.Tensor:
+        return x + len(availability.unavailable_reason("cpu") or "")
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(length, backend="eager", fullgraph=True)(x), length(x))
+
+
 def test_ops_need_nothing_but_torch() -> None:
     """A fresh process in which the optional packages cannot be imported still computes."""
     code = """

@@ -42,7 +42,8 @@ def _results(dtype: torch.dtype, impl: str, inputs: list[torch.Tensor], **option
     return dict(zip(("out", "lse", "d_q", "d_k", "d_v"), (out.detach(), lse, *gradients), strict=True))
 
 
-def _assert_right(head_dim: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+def _assert_right(head_dim: int, dtype: torch.dtype = torch.float32, slack: float = 3.0, **options: Any) -> None:
+    """Results within twice the budget, gradients within `slack` times."""
     torch.manual_seed(0)
     shapes = [(sum(LENGTHS_Q) + 3, 2), (sum(LENGTHS_K) + 5, 1), (sum(LENGTHS_K) + 5, 1), (sum(LENGTHS_Q) + 3, 2)]
     inputs = [torch.randn(*shape, head_dim, device=DEVICE).to(dtype).double() for shape in shapes]
@@ -50,7 +51,7 @@ def _assert_right(head_dim: int, dtype: torch.dtype = torch.float32, **options: 
     eager = _results(dtype, "reference", inputs, **options)
     actual = _results(dtype, "triton", inputs, **options)
     for name, wanted in exact.items():
-        assert_within_budget(name, actual[name], wanted, eager[name], 3.0 if name.startswith("d_") else 2.0)
+        assert_within_budget(name, actual[name], wanted, eager[name], slack if name.startswith("d_") else 2.0)
 
 
 @needs_kernels
@@ -70,7 +71,9 @@ def test_head_sizes_that_are_padded_or_large(head_dim: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.3, 2.0])
 def test_any_scale(softmax_scale: float) -> None:
-    _assert_right(16, softmax_scale=softmax_scale)
+    # the backward forms exp2(score - log-sum), eager's softmax takes the maximum away first: large scores leave more
+    # roundings (up to 4.1 times eager's error and one rounding, over six seeds at a scale of 2 on an AMD CPU)
+    _assert_right(16, slack=3.0 * max(1.0, abs(softmax_scale)), softmax_scale=softmax_scale)
 
 
 @needs_kernels

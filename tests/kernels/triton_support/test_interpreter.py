@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from antlm_fast.kernels.philox import philox
-from antlm_fast.kernels.triton_support.interpreter import correct_bfloat16, interpreting
+from antlm_fast.kernels.triton_support.interpreter import correct_interpreter, interpreting
 
 if not interpreting():
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
@@ -16,13 +16,17 @@ if not interpreting():
 import triton
 import triton.language as tl
 
+# what the interpreter of older Triton computes otherwise, in every dtype; no kernel of the package depends on it
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+before_3_8 = pytest.mark.skipif(VERSION < (3, 8), reason="Triton before 3.8: -x is 0 - x, a maximum with NaN is NaN")
+before_3_9 = pytest.mark.skipif(VERSION < (3, 9), reason="Triton before 3.9: the constant -0.0 is 0.0")
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
 @pytest.fixture(autouse=True)
 def corrected() -> None:
-    correct_bfloat16()
-    correct_bfloat16()  # a second call must not widen twice
+    correct_interpreter()
+    correct_interpreter()  # a second call must not widen twice
 
 
 def every_bfloat16() -> torch.Tensor:
@@ -139,7 +143,9 @@ ARITHMETIC = {
 }
 
 
-@pytest.mark.parametrize("op", ARITHMETIC)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[before_3_8] if op in ("neg", "maximum") else []) for op in ARITHMETIC]
+)
 def test_arithmetic(op: str) -> None:
     x, y = some_bfloat16(0), some_bfloat16(1)
     if op == "maximum":  # which zero wins is nobody's promise
@@ -180,7 +186,7 @@ def _masked_load(x_ptr, out_ptr, length, SIZE: tl.constexpr, OTHER: tl.constexpr
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < length, other=OTHER))
 
 
-@pytest.mark.parametrize("other", [0.0, -float("inf"), 0.1, -0.0])
+@pytest.mark.parametrize("other", [0.0, -float("inf"), 0.1, pytest.param(-0.0, marks=before_3_9)])
 def test_masked_load_fills_with_other(other: float) -> None:
     x = some_bfloat16(0)[:64]
     out = torch.empty_like(x)
