@@ -5,6 +5,7 @@
 # make sanitize  the C++ kernels, built with the address, undefined-behaviour and thread sanitizers, on random calls (long)
 # make aot    compile the shipped kernels for every architecture; compare registers, spills, memory and loops with
 #             benchmarks/aot_table.json (minutes)
+# make gpu    proof and speed of everything on a GPU, MINUTES=8 at most, into build/gpu; PEERS=a folder of peers' wheels
 # make compiles  compile the recipes' kernels with an older Triton, TRITON=3.6.0 (two minutes)
 # make versions  kernels and tests with the oldest, the newest and other torch and Triton, in environments of their own
 #             under build/versions (long, gigabytes); some alone: ONLY='3.4.0 3.6.0', by their Triton
@@ -38,7 +39,7 @@ INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_prop
   tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
   tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
 
-.PHONY: demo test native sanitize ir aot compiles versions lint clean
+.PHONY: demo test native sanitize ir aot gpu compiles versions lint clean
 
 demo: $(VENV)/train.installed
 	$(BIN)/python -m antlm_fast.cli train --recipe demo --output runs/demo --resume
@@ -81,6 +82,11 @@ compiles: $(VENV)/dev.installed
 	then OMP_NUM_THREADS=1 PYTHONPATH=$(OTHER_TRITON) $(BIN)/python benchmarks/aot.py --compiles \
 	  --archs sm_80 sm_90 sm_100 --head-dims 64 768 --kinds half; \
 	else echo "make compiles: skipped: Triton $(TRITON) could not be installed"; fi
+
+MINUTES ?= 8
+PEERS ?=
+gpu: $(VENV)/dev.installed
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) --output build/gpu $(if $(PEERS),--peers $(PEERS))
 
 ONLY ?=
 versions: native

@@ -128,7 +128,7 @@ def loss(bench: GpuBench, rows: int, hidden_size: int, vocab_size: int, share: f
             lambda results: assert_right(results, *exact(), _LOSS_NAMES),
             backward_over_forward=2.0,
         )
-    title = f"{rows} rows, hidden {hidden_size}, vocabulary {vocab_size}, {share:.0%} labelled"
+    title = f"{rows} rows, hidden {hidden_size}, vocabulary {vocab_size}"
     return measure("cross_entropy", title, found, rounds=bench.sizes.rounds, until=bench.until)
 
 

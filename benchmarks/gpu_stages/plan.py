@@ -57,7 +57,7 @@ STAGES = (
         name="tests",
         target="gpu_stages.gpu_tests:run",
         minutes=1.5,
-        rehearsal_minutes=0.4,
+        rehearsal_minutes=0.6,
         what="the tests marked gpu, compiled; compute-sanitizer memcheck and racecheck where it is installed",
     ),
     Stage(

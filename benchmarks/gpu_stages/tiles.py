@@ -23,6 +23,7 @@ import tune
 from harness import Call, Provider, Row, device_timed, measure
 
 from antlm_fast.kernels.attention import triton_launches
+from antlm_fast.kernels.triton_support.interpreter import correct_interpreter
 from antlm_fast.kernels.triton_support.launch import Tile, arch_of
 from gpu_stages import attention
 from gpu_stages.plan import AttentionShape, GpuBench
@@ -42,6 +43,8 @@ def run(bench: GpuBench) -> Iterator[list[Row]]:
     jobs: list[Job] = [(arch, "half", size, kernel) for size in bench.sizes.tile_head_dims for kernel in KERNELS]
     if bench.device == "cuda":
         compile_all(jobs, bench)
+    else:
+        correct_interpreter()
     chosen: dict[Job, Tile] = {}
     for job in jobs:
         rows = timed(bench, job)
