@@ -144,8 +144,7 @@ class Prover:
 
 
 def _share(name: str, found: Tensor, exact: Tensor, eager: Tensor) -> float:
-    scale = exact.abs().max().item()
-    error, budget = error_and_budget(name, found, exact, eager, 3.0 if name.startswith("d_") else 2.0, scale=scale)
+    error, budget = error_and_budget(name, found, exact, eager, 3.0 if name.startswith("d_") else 2.0)
     return error / budget if budget else error
 
 
