@@ -7,9 +7,10 @@
     python benchmarks/gpu.py --dry-run                       the plan
     python benchmarks/gpu.py --compare A.json B.json         exit status 1 where B is slower than A
 
-It takes the Python, torch and Triton that are there: no network, no install, no compiler. Each stage runs in a process
-of its own, with a share of the time; what it does not use goes to those after it. A stage that crashes, hangs or raises
-keeps the rows it had, and the others run. A kernel whose numbers are wrong has a reason in place of a speed.
+It takes the Python, torch and Triton that are there: no network, no install, no compiler but the one that Triton calls
+for its launchers. Each stage runs in a process of its own, with a share of the time; what it does not use goes to those
+after it. A stage that crashes, hangs or raises keeps the rows it had, and the others run. A kernel whose numbers are
+wrong has a reason in place of a speed.
 
 DIR then holds gpu.json (every sample, card, versions, date), summary.txt (at most 100 lines), tiles.json, tiles.patch
 and a log for each stage. Exit status 1 if anything of ours failed.
@@ -42,8 +43,8 @@ from harness import Row, environment
 from roofline import limits_of
 
 FOLDER = Path(__file__).resolve().parent
-# the end of a stage's share that is left to it to end by itself
-_GRACE_S = 8.0
+# the end of a stage's share, for what it has in hand: what is not done by then is ended
+_GRACE_S, _GRACE_SHARE = 15.0, 0.25
 # for the summary
 _END_S = 2.0
 
@@ -183,13 +184,17 @@ def run_stages(
     limits = next((record["limits"] for record in suites.values() if record["limits"] is not None), None)
     for number, stage in enumerate(stages):
         weights = [each.expected(device) for each in stages[number:]]
-        share = (until - time.monotonic()) * weights[0] / sum(weights)
+        left = until - time.monotonic()
+        share = left * weights[0] / sum(weights)
+        if device == "cuda":
+            share = min(max(share, stage.least_s), left)
         print(f"{stage.letter} {stage.name}: {share:.0f} s at most", flush=True)
         begun = time.monotonic()
         request = {
             "target": stage.target,
             "device": device,
-            "seconds": max(share - _GRACE_S, 0.6 * share),
+            # this clock is one for all processes: what a process takes to begin counts
+            "until": begun + share - min(_GRACE_S, _GRACE_SHARE * share),
             "limits": limits,
             "folder": str(output.resolve()),
             "plant": planted.get(stage.letter),
@@ -229,6 +234,8 @@ def run_stage(
     """
     variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the proof asks for deterministic library products
+    # torch.compile would give a process that compiles another one, without what was compiled ahead
+    variables.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     if request["device"] == "cpu":
         variables["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import statistics
 import time
@@ -14,6 +15,8 @@ import torch
 from surroundings import environment, shared
 
 __all__ = ["Bench", "Call", "Provider", "Row", "attempt", "environment", "measure", "quartiles", "ratio", "shared"]
+
+_logger = logging.getLogger("harness")
 
 # what is timed; one that times itself (on another process, on a device) returns seconds
 Call = Callable[[], object]
@@ -188,6 +191,7 @@ def attempt(provider: Provider, warmup: int) -> Call | str:
         for _ in range(warmup if provider.rounds != 1 else 0):
             call()
     except Exception as error:  # whatever a peer raises becomes its row; the others go on
+        _logger.debug("%s: %s", provider.name, told(error), exc_info=True)
         return told(error)
     return call
 

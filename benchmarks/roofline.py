@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,8 +37,10 @@ class Limits:
     flops_per_s: Mapping[str, float]
     bytes_per_s: float
 
-    def floor_seconds(self, work: Work, dtype: str) -> float:
-        return work.flops / self.flops_per_s[dtype] + work.bytes / self.bytes_per_s
+    def floor_seconds(self, work: Work, dtype: str) -> float | None:
+        """None where a limit that the work needs was not measured."""
+        seconds = work.flops / self.flops_per_s[dtype] + (work.bytes / self.bytes_per_s if work.bytes else 0.0)
+        return None if math.isnan(seconds) else seconds
 
     def json(self) -> dict[str, Any]:
         return asdict(self)

@@ -77,6 +77,7 @@ class Stage:
         self.config = bench.sizes.models[scene.model]
         self.workers: dict[str, Worker] = {}
         self.extras: dict[tuple[str, str], dict[str, float]] = {}
+        self.least_limit = 30.0
         self._folder = tempfile.TemporaryDirectory()
         self._exact: dict[str, Path] = {}
 
@@ -98,7 +99,7 @@ class Stage:
 
     def limit(self) -> float:
         """Seconds that a single answer may take: a step is not broken off because the suite's end is near."""
-        return max(min(self.bench.left(), 600.0), 30.0)
+        return max(min(self.bench.left(), 600.0), self.least_limit)
 
     def key(self, objective: str) -> dict[str, Any]:
         sequences, seqlen = self.scene.batch

@@ -171,7 +171,8 @@ def launch_on_device(
         arguments |= {name: value for name, value in tables.items() if name in arguments}
     sizes = {"num_seqs": seqs, "total_q": seqs * length, "total_k": seqs * length}
     sizes |= {"max_seqlen_q": length, "max_seqlen_k": length}
-    arguments |= {name: size for name, size in sizes.items() if name in arguments}
+    # what is None there has no use for a size, and with one it would be another kernel than the one compiled ahead
+    arguments |= {name: size for name, size in sizes.items() if arguments.get(name) is not None}
     heads = arguments["heads"]
 
     def programs(tile: Tile) -> int:

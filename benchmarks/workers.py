@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import select
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from harness import Told, told
+
+_logger = logging.getLogger("workers")
 
 # glibc: never give memory back to the system between steps
 MALLOC = {
@@ -79,6 +83,10 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace")
+        if "Traceback" in said:
+            _logger.debug("a worker said: %s", said[-8000:])
         self._errors.close()
         self._folder.cleanup()
 
@@ -127,6 +135,7 @@ def serve() -> None:
                 value = getattr(held, request["method"])(**request["arguments"])
             answer = {"value": value}
         except Exception as error:  # the other side decides what it means
+            traceback.print_exc()
             answer = {"error": told(error)}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()

@@ -28,7 +28,10 @@ from gpu_stages.planted import plant
 def main() -> int:
     request = json.loads(sys.argv[1])
     warnings.simplefilter("ignore")
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("workers").setLevel(logging.DEBUG)  # what failed in them, whole
+    logging.getLogger("harness").setLevel(logging.DEBUG)
     device = request["device"]
     if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch sees none")
@@ -38,7 +41,7 @@ def main() -> int:
         sizes=GPU_SIZES[device],
         device=device,
         limits=None if request["limits"] is None else Limits(**request["limits"]),
-        until=time.monotonic() + request["seconds"],
+        until=request["until"],
         folder=Path(request["folder"]),
         planted=request["plant"],
     )

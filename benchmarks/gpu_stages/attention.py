@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Row, free_cache, measure
+from harness import Provider, Row, free_cache, measure
 from peers import operations
 from torch import Tensor
 
@@ -64,7 +64,6 @@ def run(bench: GpuBench) -> Iterator[list[Row]]:
     for shape in bench.sizes.attention:
         if bench.left() < 0:
             return
-        torch._dynamo.reset()  # FlexAttention is compiled anew for each shape, and torch gives up after some
         yield measured(bench, shape, "attention")
         gc.collect()  # what the graphs hold
         free_cache(bench.device)
@@ -73,7 +72,7 @@ def run(bench: GpuBench) -> Iterator[list[Row]]:
 def measured(bench: GpuBench, shape: AttentionShape, suite: str) -> list[Row]:
     work = drawn(shape, bench.device)
     exact = functools.cache(functools.partial(reference_results, work))
-    found = []
+    found: list[Provider] = []
     for way in ways(work):
         check = functools.partial(check_results, work, way, exact)
         prepare = functools.partial(prepared, way, bench.device)
@@ -128,6 +127,10 @@ def ways(work: Workload) -> Iterator[Way]:
 
     ours = functools.partial(attention, causal=work.causal, impl="triton")
     yield Way(name="antlm_fast triton", function=ours, inputs=whole, to_packed=joined)
+    if shape.flex:
+        flex = functools.partial(_flex, mask=functools.cache(functools.partial(_dense_mask, work)))
+        yield Way(name="FlexAttention", function=flex, inputs=heads_first, to_packed=from_heads_first)
+        return
     # as models call it: the sequences' starts are there already
     yield from _our_packed_way(work)
     backends = ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device == "cuda" else ("MATH",)
@@ -135,9 +138,6 @@ def ways(work: Workload) -> Iterator[Way]:
         function = functools.partial(_by_objective(work, _sdpa), backend=backend)
         name = f"SDPA {backend.partition('_')[0].lower()}"
         yield Way(name=name, function=function, inputs=heads_first, to_packed=from_heads_first)
-    if shape.flex:
-        flex = functools.partial(_flex, mask=functools.cache(functools.partial(_dense_mask, work)))
-        yield Way(name="FlexAttention", function=flex, inputs=heads_first, to_packed=from_heads_first)
     if device == "cuda":
         flash = _by_objective(work, operations.flash_attn)
         yield Way(name="flash-attn", function=flash, inputs=whole, to_packed=joined)
@@ -156,18 +156,13 @@ def _our_packed_way(work: Workload) -> Iterator[Way]:
 
 def _packed_ways(work: Workload) -> Iterator[Way]:
     yield from _our_packed_way(work)
-    if work.tensors[0].device.type != "cuda":
-        return
-    yield Way(
-        name="torch varlen_attn", function=_varlen(work, _torch_varlen), inputs=work.tensors, to_packed=lambda x: x
-    )
-    yield Way(
-        name="flash-attn varlen", function=_varlen(work, _flash_varlen), inputs=work.tensors, to_packed=lambda x: x
-    )
     if work.shape.flex:
         heads_first = tuple(x.transpose(0, 1)[None].contiguous() for x in work.tensors)
         flex = functools.partial(_flex, mask=functools.cache(functools.partial(_document_mask, work)))
         yield Way(name="FlexAttention", function=flex, inputs=heads_first, to_packed=lambda x: x[0].transpose(0, 1))
+    elif work.tensors[0].device.type == "cuda":
+        for name, function in (("torch varlen_attn", _torch_varlen), ("flash-attn varlen", _flash_varlen)):
+            yield Way(name=name, function=_varlen(work, function), inputs=work.tensors, to_packed=lambda x: x)
 
 
 def _by_objective(work: Workload, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

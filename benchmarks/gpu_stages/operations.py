@@ -1,7 +1,7 @@
 """Stage f: disentangled attention and the loss, forward, backward and both, beside their peers.
 
-As in stage d, graphs are replayed where a way can be captured; the loss's ways that look for the labelled rows wait for
-the device, which nothing that waits can be: those are timed as calls, and their host time counts.
+As in stage d, graphs are replayed. The loss's ways that look for the labelled rows wait for the device, and cannot be
+captured: those are timed as calls, and their host time counts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from harness import Row, free_cache, measure
+from harness import Provider, Row, free_cache, measure
 from op_workloads import BUCKETS, disentangled_inputs, drawn_targets
 from peers import operations
 from torch import Tensor
@@ -29,28 +29,31 @@ Function = Callable[..., Tensor]
 
 
 def run(bench: GpuBench) -> Iterator[list[Row]]:
-    relative = [functools.partial(disentangled, bench, *shape) for shape in bench.sizes.disentangled]
+    eager = [functools.partial(disentangled, bench, *shape) for shape in bench.sizes.disentangled]
     losses = [functools.partial(loss, bench, *shape) for shape in bench.sizes.cross_entropy]
-    # one of each first: the time may end before the second
-    for work in (*relative[:1], *losses[:2], *relative[1:], *losses[2:]):
+    works = [*losses[:2], *eager, *losses[2:]]
+    if bench.sizes.compiled:  # what takes tens of seconds to compile comes last, on the first shape alone
+        works.append(functools.partial(disentangled, bench, *bench.sizes.disentangled[0], compiled=True))
+        works.append(functools.partial(loss, bench, *bench.sizes.cross_entropy[0], compiled=True))
+    for work in works:
         if bench.left() < 0:
             return
-        torch._dynamo.reset()  # a compiled peer is compiled anew for each shape, and torch gives up after some
         yield work()
         gc.collect()  # what the graphs hold
         free_cache(bench.device)
 
 
-def disentangled(bench: GpuBench, batch: int, heads: int, seqlen: int, head_dim: int) -> list[Row]:
-    """Both relative terms, bidirectional and causal, no dropout."""
+def disentangled(
+    bench: GpuBench, batch: int, heads: int, seqlen: int, head_dim: int, *, compiled: bool = False
+) -> list[Row]:
+    """Both relative terms, full and causal, no dropout; ours beside the compiled peer, or beside the others."""
     *arguments, gradient = disentangled_inputs(batch, heads, seqlen, head_dim, torch.bfloat16, bench.device)
-    found = []
+    peers = [name for name in operations.DISENTANGLED if "einsum" not in name and (name == "FlexAttention") == compiled]
+    found: list[Provider] = []
     for causal in (False, True):
         ours = functools.partial(disentangled_attention, causal=causal, impl="triton")
         named: dict[str, Function] = {"antlm_fast triton": ours}
-        for name, function in operations.DISENTANGLED.items():
-            if "einsum" not in name and (bench.sizes.compiled or name != "FlexAttention"):
-                named[name] = functools.partial(function, causal=causal)
+        named |= {name: functools.partial(operations.DISENTANGLED[name], causal=causal) for name in peers}
         exact = functools.cache(functools.partial(_relative_reference, arguments, gradient, causal))
         seen = seqlen * (seqlen + 1) / 2 if causal else seqlen**2
         # the products with the tables, a row of them for every token, and attention's own
@@ -62,10 +65,10 @@ def disentangled(bench: GpuBench, batch: int, heads: int, seqlen: int, head_dim:
                 name,
                 functools.partial(_prepared, function, arguments, gradient, bench.device),
                 flops,
-                functools.partial(_check_relative, function, exact, arguments, gradient),
+                functools.partial(_check_relative, function, exact, arguments, gradient, alone=not compiled),
                 backward_over_forward=2.5,
             )
-    title = f"{batch} x {seqlen} tokens, {heads} heads of {head_dim}"
+    title = f"{batch} x {seqlen} tokens, {heads} heads of {head_dim}{', compiled peer' if compiled else ''}"
     return measure("disentangled", title, found, rounds=bench.sizes.rounds, until=bench.until)
 
 
@@ -82,10 +85,13 @@ def _check_relative(
     arguments: Results,
     gradient: Tensor,
     found: Results,
+    *,
+    alone: bool,
 ) -> None:
-    """The first sequence of the batch that is timed; the tables' gradients by a call of it alone."""
-    alone = results_of(function, _first_sequences(arguments), gradient.detach()[:_CHECKED_SEQUENCES])
-    assert_right(alone, *exact(), _RELATIVE_NAMES)
+    """The first sequence of the batch that is timed; `alone`: the tables' gradients too, by a call of that sequence."""
+    if alone:
+        results = results_of(function, _first_sequences(arguments), gradient.detach()[:_CHECKED_SEQUENCES])
+        assert_right(results, *exact(), _RELATIVE_NAMES)
     among_all = [x.detach()[:_CHECKED_SEQUENCES] for x in found[:4]]
     assert_right(among_all, *(each[:4] for each in exact()), _RELATIVE_NAMES[:4])
 
@@ -94,7 +100,10 @@ def _first_sequences(arguments: Results) -> list[Tensor]:
     return [x.detach()[:_CHECKED_SEQUENCES] if x.ndim == 4 else x.detach() for x in arguments]
 
 
-def loss(bench: GpuBench, rows: int, hidden_size: int, vocab_size: int, share: float) -> list[Row]:
+def loss(
+    bench: GpuBench, rows: int, hidden_size: int, vocab_size: int, share: float, *, compiled: bool = False
+) -> list[Row]:
+    """Ours beside the compiled peer, or beside the others."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, hidden_size, generator=generator)
     weight = torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5
@@ -106,7 +115,7 @@ def loss(bench: GpuBench, rows: int, hidden_size: int, vocab_size: int, share: f
         for impl in ("triton", "torch")
     }
     for name, function in operations.CROSS_ENTROPY.items():
-        if bench.sizes.compiled or "compiled" not in name:
+        if ("compiled" in name) == compiled:
             named[name] = functools.partial(function, targets=targets)
 
     @functools.cache
@@ -117,7 +126,7 @@ def loss(bench: GpuBench, rows: int, hidden_size: int, vocab_size: int, share: f
         )
 
     labelled = int((targets != -100).sum())
-    found = []
+    found: list[Provider] = []
     for name, function in named.items():
         found += providers(
             bench,
@@ -128,12 +137,13 @@ def loss(bench: GpuBench, rows: int, hidden_size: int, vocab_size: int, share: f
             lambda results: assert_right(results, *exact(), _LOSS_NAMES),
             backward_over_forward=2.0,
         )
-    title = f"{rows} rows, hidden {hidden_size}, vocabulary {vocab_size}"
+    title = f"{rows} rows, hidden {hidden_size}, vocabulary {vocab_size}{', compiled peer' if compiled else ''}"
     return measure("cross_entropy", title, found, rounds=bench.sizes.rounds, until=bench.until)
 
 
 def _prepared(function: Function, arguments: Results, gradient: Tensor, device: str) -> Passes:
-    """Captured where it can be."""
+    """Captured where it can be; on leaves of its own, for a leaf's node keeps the stream that it was first used on."""
+    arguments = [x.detach().requires_grad_() for x in arguments]
     gradient = gradient.to(function(*arguments))  # the result's dtype is the way's own; and what is compiled is so now
     if device == "cpu" or not _waits(function, arguments):
         return passes(function, arguments, gradient, device)

@@ -9,12 +9,9 @@ next ones get a new one, since a fault on a GPU ends everything in its process.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from antlm_fast.kernels.attention import attention_varlen
 from antlm_fast.kernels.disentangled_attention import disentangled_attention_varlen
 from antlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from antlm_fast.testing.budget import error_and_budget
+from gpu_stages.ahead import compile_with_launcher, compiled_on_all_cores
 from gpu_stages.plan import GPU_SIZES, GpuBench
 from gpu_stages.planted import plant
 from gpu_stages.timing import results_of
@@ -225,22 +223,14 @@ def compiled_ahead(bench: GpuBench) -> Row:
     row = Row(suite="proof", workload="kernels compiled ahead", case=arch, provider="antlm_fast triton")
     begun = time.monotonic()
     jobs = [(name, place, arch) for name, case in CASES.items() for place in range(2 if case.op == "loss" else 4)]
-    # no process of the pool touches the GPU
-    pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=get_context("spawn"))
-    try:
-        for done in [pool.submit(_compile, *job) for job in jobs]:
-            done.result(timeout=max(bench.left(), 1.0))
-    except Exception as error:  # what cannot be compiled fails again, by name, in its case
-        return replace(row, reason=told(error))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    return replace(row, samples=(time.monotonic() - begun,), amount=float(len(jobs)), unit="kernels/s")
+    done = compiled_on_all_cores(_compile, jobs, bench.left() / 2)
+    if done < len(jobs):  # those that cannot be compiled fail again, by name, in their cases
+        print(f"compiled ahead: {done} of {len(jobs)} kernels", flush=True)
+    return replace(row, samples=(time.monotonic() - begun,), amount=float(done), unit="kernels/s")
 
 
 def _compile(name: str, place: int, arch: str) -> None:
-    from antlm_fast.kernels.triton_support.offline import target
-
-    offline_launches_of(CASES[name], arch)[place].compile_for(target(arch))
+    compile_with_launcher(offline_launches_of(CASES[name], arch)[place], arch)
 
 
 def offline_launches_of(case: Case, arch: str) -> list[Any]:

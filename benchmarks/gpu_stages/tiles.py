@@ -10,22 +10,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import tune
-from harness import Call, Provider, Row, device_timed, measure
+from harness import TIME_USED_UP, Call, Provider, Row, captured, device_timed, measure
 
 from antlm_fast.kernels.attention import triton_launches
 from antlm_fast.kernels.triton_support.interpreter import correct_interpreter
 from antlm_fast.kernels.triton_support.launch import Tile, arch_of
 from gpu_stages import attention
+from gpu_stages.ahead import compile_with_launcher, compiled_on_all_cores
 from gpu_stages.plan import AttentionShape, GpuBench
 from gpu_stages.timing import Passes, providers
 
@@ -69,15 +67,13 @@ def tiles_to_try(job: Job, device: str) -> list[Tile]:
 
 
 def compile_all(jobs: list[Job], bench: GpuBench) -> None:
-    """Into Triton's cache, on all cores; one that cannot be compiled fails again where it is timed."""
     work = [(job, tile) for job in jobs for tile in tiles_to_try(job, bench.device)]
-    pool = ProcessPoolExecutor(min(len(work), os.cpu_count() or 1), mp_context=get_context("spawn"))
-    wait([pool.submit(_compile, *each) for each in work], timeout=max(bench.left() / 2, 1.0))
-    pool.shutdown(wait=False, cancel_futures=True)
+    done = compiled_on_all_cores(_compile, work, bench.left() / 2)
+    print(f"compiled ahead: {done} of {len(work)} kernels", flush=True)
 
 
 def _compile(job: Job, tile: Tile) -> None:
-    replace(tune.offline_launch(*job), tile=tile).compile_for(tune.TARGETS[job[0]])
+    compile_with_launcher(replace(tune.offline_launch(*job), tile=tile), job[0])
 
 
 def timed(bench: GpuBench, job: Job) -> list[Row]:
@@ -85,7 +81,7 @@ def timed(bench: GpuBench, job: Job) -> list[Row]:
 
     def prepare(tile: Tile) -> Call:
         call = functools.partial(launch.launch, tile)
-        return device_timed(call) if bench.device == "cuda" else call
+        return device_timed(captured(call)) if bench.device == "cuda" else call
 
     found = [
         Provider(
@@ -103,7 +99,12 @@ def tile_name(tile: Tile) -> str:
 
 
 def winner(rows: list[Row], tiles: list[Tile]) -> Tile | None:
-    """The tile of the fastest row where it beats the table's, which is the first; None where the table's stays."""
+    """The tile of the fastest row where it beats the table's, which is the first; None where the table's stays.
+
+    It stays too where some tile had no turn: the best of a part is not the best.
+    """
+    if any(row.reason == TIME_USED_UP for row in rows):
+        return None
     figures = [(row.median, tile) for row, tile in zip(rows, tiles, strict=True) if row.median is not None]
     if not figures:
         return None
@@ -119,8 +120,8 @@ def write_patch(chosen: dict[Job, Tile], folder: Path) -> Path:
     if chosen:
         tune.write(chosen, table)
     name = "kernels/attention/tiles.json"
-    lines = (path.read_text(encoding="utf-8").splitlines(keepends=True) for path in (_TABLE, table))
-    patch = "".join(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}"))
+    before, after = (path.read_text(encoding="utf-8").splitlines(keepends=True) for path in (_TABLE, table))
+    patch = "".join(difflib.unified_diff(before, after, f"a/{name}", f"b/{name}"))
     (folder / "tiles.patch").write_text(patch, encoding="utf-8")
     print(f"tiles.patch: {len(chosen)} tiles changed\n{patch}", flush=True)
     return table
@@ -131,7 +132,7 @@ def with_both_tables(bench: GpuBench, head_dim: int, table: Path) -> list[Row]:
     shape: AttentionShape = next(shape for shape in shapes if not shape.packed)
     work = attention.drawn(shape, bench.device)
     exact = functools.cache(functools.partial(attention.reference_results, work))
-    found = []
+    found: list[Provider] = []
     for name, path in (("the table's tiles", _TABLE), ("the new tiles", table)):
         way = replace(next(attention.ways(work)), name=f"antlm_fast triton, {name}")
         found += providers(

@@ -70,10 +70,15 @@ def _captured(function: Function, arguments: Sequence[Tensor], gradient: Tensor)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first):
-        out = function(*arguments)
-    with torch.cuda.graph(second, pool=first.pool()):
-        gradients = torch.autograd.grad(out, arguments, gradient, retain_graph=True)
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(first):
+            out = function(*arguments)
+        with torch.cuda.graph(second, pool=first.pool()):
+            gradients = torch.autograd.grad(out, arguments, gradient, retain_graph=True)
+    except Exception:
+        torch.cuda.set_stream(before)  # torch 2.11 leaves the capture's own current where a capture fails
+        raise
 
     def both() -> None:
         first.replay()

@@ -234,13 +234,36 @@ def test_verdicts_are_read_from_lines_of_pytest(line, verdict):
     assert module("gpu_stages.gpu_tests").verdict_of(line) == verdict
 
 
+def test_verdicts_before_the_time_is_up_count():
+    """Of a pytest that hangs, and of one that ends by itself."""
+    tests = module("gpu_stages.gpu_tests")
+    say = "print('tests/a.py::test_b PASSED [ 50%]', flush=True)"
+    for ending, seconds, status in (("import time; time.sleep(60)", 2.0, -9), ("", 60.0, 0)):
+        program = [sys.executable, "-c", f"{say}; {ending}"]
+        process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+        begun = time.monotonic()
+        lines = list(tests._lines(process, begun + seconds))
+        assert [tests.verdict_of(line) for line in lines] == [("PASSED", "tests/a.py::test_b")]
+        assert process.wait() == status
+        assert time.monotonic() - begun < 30
+        process.stdout.close()
+    assert "time was used up after 1 tests" in tests._whole(-9, {"PASSED": 1})["reason"]
+    assert tests._whole(0, {"PASSED": 1}) == {"samples": (1.0,)}
+    assert tests._whole(2, {})["reason"].startswith("FAILED pytest ended with status 2")
+
+
 @pytest.mark.parametrize(
     "output, status, reason",
     [
         ("every kernel ran\n========= ERROR SUMMARY: 0 errors", 0, None),
         ("every kernel ran\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, None),
         ("every kernel ran\n========= ERROR SUMMARY: 2 errors", 1, "FAILED 2 findings; see the log"),
-        ("every kernel ran\n========= RACECHECK SUMMARY: 3 hazards displayed", 1, "FAILED 3 findings; see the log"),
+        (
+            "every kernel ran\n========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)",
+            1,
+            "FAILED 2 findings; see the log",
+        ),
+        ("every kernel ran\n========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)", 0, None),
         ("========= ERROR SUMMARY: 0 errors", 1, "FAILED the program under it ended with status 1; see the log"),
         ("every kernel ran\nDevice not supported", 2, "FAILED the program under it ended with status 2; see the log"),
     ],
@@ -262,6 +285,8 @@ def test_a_tile_wins_only_by_more_than_noise():
     assert tiles_module.winner(tile_rows(1.0, None, 0.9), tiles) == tiles[2]
     assert tiles_module.winner(tile_rows(None, 2.0, None), tiles) == tiles[1]  # the table's does not fit
     assert tiles_module.winner(tile_rows(None, None, None), tiles) is None
+    late = replace(tile_rows(None)[0], reason=module("harness").TIME_USED_UP)
+    assert tiles_module.winner([*tile_rows(1.0, 0.5), late], tiles) is None  # the best of a part is not the best
 
 
 def test_the_winners_are_a_patch_that_git_applies(tmp_path):

@@ -276,6 +276,7 @@ def test_every_option_reaches_every_implementation(impl: str, option: str) -> No
     targets = torch.tensor([3, 5] * 6 + [3])
     results = []
     for value in OPTIONS[option]:
+        value = value.to(hidden.device) if isinstance(value, torch.Tensor) else value
         loss = linear_cross_entropy(hidden, weight, targets, **{option: value}, impl=impl)
         results.append((loss.item(), torch.autograd.grad(loss, hidden)[0]))
     assert abs(results[0][0] - results[1][0]) > 1e-2, f"{impl} ignores {option}"
