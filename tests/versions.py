@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# (torch, Triton): the oldest, one between, the newest; each torch with the Triton that its CUDA builds bring
-PAIRS = (("2.8.0", "3.4.0"), ("2.11.0", "3.6.0"), ("2.14.1", "3.8.0"))
+# (torch, Triton): the oldest and the newest; each torch with the Triton that its CUDA builds bring
+PAIRS = (("2.11.0", "3.6.0"), ("2.14.1", "3.8.0"))
 # the others, which compile beside the torch of the python that runs this
-TRITONS = ("3.5.1", "3.7.1", "3.9.0")
+TRITONS = ("3.7.1", "3.9.0")
 COMPILE = ("benchmarks/aot.py", "--compiles", "--archs", "sm_80", "sm_90", "sm_100", "--head-dims", "64", "768")
 RECIPES = ("antlm-babyllama", "antlm-ltgbert")
 ON_A_CPU = ("tests/kernels", "tests/models", "tests/training")
