@@ -7,8 +7,8 @@
 #             benchmarks/aot_table.json (minutes)
 # make gpu    proof and speed of everything on a GPU, MINUTES=8 at most, into build/gpu; PEERS=a folder of peers' wheels
 # make compiles  compile the recipes' kernels with an older Triton, TRITON=3.6.0 (two minutes)
-# make versions  kernels and tests with the oldest, the newest and other torch and Triton, in environments of their own
-#             under build/versions (long, gigabytes); some alone: ONLY='3.4.0 3.6.0', by their Triton
+# make versions  kernels and tests with the oldest and the newest torch and Triton, in environments of their own
+#             under build/versions (long, gigabytes); some alone: ONLY='3.6.0 3.9.0', by their Triton
 #
 # torch is chosen for your hardware, once, and never replaced:
 #   torch already in $(PYTHON)      used as it is (the environment sees it)

@@ -58,15 +58,13 @@ class _AbsentGpu:
 @contextmanager
 def standing_in(target: GPUTarget) -> Iterator[None]:
     """Make the target the machine's GPU as Triton sees it; the previous driver comes back whatever happens."""
-    # asking for driver.active would create the real driver, which raises where there is no GPU. Triton up to 3.4
-    # keeps a lazy proxy in the attribute itself
-    attribute = "_active" if hasattr(driver, "_active") else "active"
-    previous = getattr(driver, attribute)
+    # asking for driver.active would create the real driver, which raises where there is no GPU
+    previous = driver._active
     driver.set_active(_AbsentGpu(target))
     try:
         yield
     finally:
-        setattr(driver, attribute, previous)
+        driver._active = previous
 
 
 def compile_offline(
