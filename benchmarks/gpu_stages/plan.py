@@ -52,7 +52,7 @@ STAGES = (
         name="proof",
         target="gpu_stages.proof:run",
         minutes=0.9,
-        rehearsal_minutes=0.4,
+        rehearsal_minutes=0.6,
         what="each kernel once against float64, forward and backward, each case in reach of a new process",
         least_s=45.0,
     ),

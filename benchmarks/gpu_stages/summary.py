@@ -152,7 +152,7 @@ def _figure(rows: Sequence[Row]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> Iterator[str]:
-    yield "training steps: tokens/s, percent of the ceiling; times: over ours"
+    yield "training steps: tokens/s, percent of the ceiling, peak memory; times: over ours"
     for workload, own in results.workloads(rows):
         for case in dict.fromkeys(row.case for row in own):
             same = [row for row in own if row.case == case]
@@ -165,7 +165,8 @@ def _steps(rows: Sequence[Row]) -> Iterator[str]:
                 floor = of_floor(row)
                 share = "" if floor is None else f" {floor:.0%}"
                 times = f" {row.median / first:.2f}x" if first and row is not same[0] else ""
-                parts.append(f"{row.provider} {row.amount / row.median:,.0f}{share}{times}")
+                memory = f" {row.extras['peak_mib']:,.0f} MiB" if "peak_mib" in row.extras else ""
+                parts.append(f"{row.provider} {row.amount / row.median:,.0f}{share}{memory}{times}")
             yield f"  {workload} {case}: " + " | ".join(parts)
 
 
