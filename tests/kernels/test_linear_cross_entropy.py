@@ -135,7 +135,8 @@ def test_by_hand(impl: str) -> None:
 @pytest.mark.parametrize("vocab", [1, 7, 517])
 def test_equals_torch_cross_entropy(impl: str, reduction: str, smoothing: float, biased: bool, vocab: int) -> None:
     inputs, dtype = _inputs(vocab=vocab), _finest(impl)
-    close = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    # two sums of float32 in different orders: on a CPU whose libraries have other orders 1.4e-5 apart
+    close = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 2e-5}
     leaves = [inputs[name].to(dtype).requires_grad_() for name in ("hidden", "weight", "bias")][: 3 if biased else 2]
     bias = leaves[2] if biased else None
     options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}

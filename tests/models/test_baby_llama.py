@@ -149,7 +149,8 @@ def test_flipping_one_flag_in_place_changes_that_sequence_alone():
     before = made(ids, causal=causal)
     causal[1] = False
     after = made(ids, causal=causal)
-    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    # not bit for bit: a library's product may depend on how many sequences are multiplied at once
+    torch.testing.assert_close(before[[0, 2]], after[[0, 2]], rtol=1e-12, atol=1e-12)
     assert (before[1] - after[1]).abs().max() > 1e-3
 
 
