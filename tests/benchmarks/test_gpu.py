@@ -155,17 +155,8 @@ def test_every_stage_reports_though_one_crashes(tmp_path):
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert len(lines) <= 100
     assert done.stdout.endswith("\n".join(lines) + "\n")
-    for suite in (
-        "limits",
-        "proof",
-        "attention",
-        "tiles",
-        "disentangled",
-        "cross_entropy",
-        "train_step",
-        "switch",
-        "demo",
-    ):
+    measured = ("proof", "attention", "tiles", "disentangled", "cross_entropy", "train_step", "switch", "demo")
+    for suite in measured:
         ours = [row for row in rows_in(tmp_path / "out", suite) if "antlm_fast" in row.provider]
         assert ours, suite
         assert all(row.samples for row in ours), suite
