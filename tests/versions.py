@@ -39,12 +39,8 @@ class Report:
     cells: list[str] = field(default_factory=list)
     failed: bool = False
 
-    def step(self, command: Sequence[str], env: dict[str, str], telling: str) -> str:
-        """Runs a command; what it says is kept in a file, and its end shown if it fails.
-
-        Returns:
-            All that it said. The first group of the last place where `telling` matches becomes the table's cell.
-        """
+    def step(self, command: Sequence[str], env: dict[str, str], telling: str) -> None:
+        """Runs a command; what it says is kept in a file, and shown if it fails. `telling` finds the table's cell."""
         log = FOLDER / f"{self.name.replace(' ', '-').replace(',', '')}-{len(self.cells) + 1}.log"
         with log.open("w", encoding="utf-8") as file:
             done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
@@ -55,26 +51,6 @@ class Report:
         if done.returncode:
             self.failed = True
             print(*said.splitlines()[-40:], f"(all of it: {log.relative_to(ROOT)})", sep="\n", flush=True)
-        return said
-
-    def tests(self, python: str, names: Sequence[str], env: dict[str, str], workers: str) -> None:
-        """Runs tests; one that fails with the versions of this process too is the machine's fault, not these'."""
-        before = self.failed
-        command = ["-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider"]
-        said = self.step([python, *command, *names], env, r"^(\d+ (?:passed|failed).*) in [\d.]+s")
-        failed = _failed(said)
-        if failed and not re.search(r"^ERROR ", said, re.MULTILINE):
-            here = [sys.executable, *command, *sorted(failed)]
-            again = subprocess.run(here, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-            own = failed - _failed(again.stdout)
-            self.failed = before or bool(own)
-            self.cells[-1] += f" ({len(failed) - len(own)} of them fail in {Path(sys.prefix).name} too)"
-            print(*(f"{self.name} alone fails {name}" for name in sorted(own)), sep="\n", flush=True)
-
-
-def _failed(said: str) -> set[str]:
-    """The tests that pytest's summary names; a name may have spaces in it."""
-    return {line.split(" - ")[0] for line in re.findall(r"^FAILED (.+)$", said, re.MULTILINE)}
 
 
 def main() -> int:
@@ -105,8 +81,10 @@ def pair(torch: str, triton: str, interpreted: Sequence[str], workers: str) -> R
     python = environment(torch, triton)
     env = surroundings(triton)
     compile_kernels(report, python, env, workers)
-    report.tests(python, interpreted, env | {"TRITON_INTERPRET": "1"}, workers)
-    report.tests(python, ON_A_CPU, env, workers)
+    pytest = [python, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider"]
+    counts = r"^(\d+ (?:passed|failed).*) in [\d.]+s"
+    report.step([*pytest, *interpreted], env | {"TRITON_INTERPRET": "1"}, counts)
+    report.step([*pytest, *ON_A_CPU], env, counts)
     return finished(report)
 
 
