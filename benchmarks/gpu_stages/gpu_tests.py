@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _VERDICT = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] |tests/.+ )(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _NAME = re.compile(r"(tests/\S+::.+?)(?= (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)|\s*$)")
 _SHOWN = 20  # failures that get a row each
+SANITIZER_MISSING = "compute-sanitizer is not installed"
 _SANITIZER_SHARE = 0.35
 _SANITIZER_LEAST_S = 20.0  # torch alone takes as long to begin under it
 _SANITIZER_TOOLS = ("memcheck", "racecheck")
@@ -130,7 +131,7 @@ def _whole(status: int, counts: Counter[str]) -> dict[str, object]:
 def _sanitized(tool: str, seconds: float, installed: bool) -> Row:
     row = Row(suite="tests", workload="compute-sanitizer", case=tool, provider="antlm_fast", quantity="count")
     if not installed:
-        return replace(row, reason="compute-sanitizer is not installed")
+        return replace(row, reason=SANITIZER_MISSING)
     if seconds < _SANITIZER_LEAST_S:
         return replace(row, reason=TIME_USED_UP)
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]

@@ -161,7 +161,7 @@ class GpuSizes:
         gemm, stream_mib: products (rows, inner, columns) for the ceiling; one tensor of the copy's.
         models, compiled: of the training steps, by name; whether peers are compiled.
         proof_lengths, proof_heads: of the smallest proof.
-        tests: what pytest is told; sanitized: whether compute-sanitizer is asked for.
+        tests: the arguments of pytest; sanitized: whether compute-sanitizer is asked for.
         attention: in order of worth.
         tile_head_dims, tile_sequences: of the tuning; (sequences, tokens in each).
         disentangled: (batch, heads, seqlen, head_dim) each.

@@ -487,6 +487,12 @@ def test_a_summary_of_everything_fits_100_lines():
     assert lines[0].startswith("a card; torch 2.11.0")
     assert lines[1] == "ceilings: bf16 800 TFLOP/s, copy 3 TB/s"
     assert summary.failures(suites) == [failing]  # neither a peer's nor what had no turn
+    # a stage that fails has failed, whatever it said; a tile may be too large, a kernel of the proof may not
+    words = "OutOfResources: not installed, the suite's time was used up"
+    assert not summary.is_excused(replace(stages[0], samples=(), reason=words))
+    assert not summary.is_excused(replace(failing, reason="OutOfResources: shared memory"))
+    assert summary.is_excused(replace(failing, suite="tiles", reason="OutOfResources: shared memory"))
+    assert not summary.is_excused(replace(failing, suite="tests", reason="ModuleNotFoundError: it is not installed"))
     assert lines[-1] == "  ... 31 more lines of this are in gpu.json"
     figures = next(line for line in lines if "D 64, 0 x 1024" in line)
     assert figures.split("|")[0].split() == [
