@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     planted = planted_faults(arguments.plant)
     if arguments.minutes <= 0:
         raise SystemExit(f"--minutes must be above 0; got {arguments.minutes}")
-    if reason := unusable(arguments.device):
+    if reason := unusable(arguments.device) or (arguments.merge and unlike(arguments.output, arguments.device)):
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory() as scratch:
         paths = [str(FOLDER), str(FOLDER.parent), *peers_paths(arguments.peers, Path(scratch))]
@@ -123,6 +123,23 @@ def unusable(device: str) -> str | None:
             "--device cuda: this torch sees no CUDA device (--device cpu tries the code out, --dry-run shows the plan)"
         )
     return None
+
+
+def unlike(output: Path, device: str) -> str | None:
+    """Why nothing may be merged into what DIR has, or None: one file is of one card."""
+    if not (output / "gpu.json").exists():
+        return None
+    environments = [record["environment"] for record in results.read(output / "gpu.json").values()]
+    there = {(each["device"], each["gpu"]) for each in environments}
+    probe = "import torch; print(torch.cuda.get_device_name())"
+    name = None
+    if device == "cuda":
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+        name = done.stdout.strip()
+    if there <= {(device, name)}:
+        return None
+    had = ", ".join(sorted(str(gpu or on) for on, gpu in there))
+    return f"--merge must be of results of the same device; got {had} and {name or device}"
 
 
 def plan(stages: Sequence[Stage], minutes: float, device: str) -> list[str]:
@@ -182,6 +199,7 @@ def run_stages(
     suites: dict[str, Any] = results.read(path) if merge and path.exists() else {}
     ended = results.rows_of(suites["stages"]) if "stages" in suites else []
     limits = next((record["limits"] for record in suites.values() if record["limits"] is not None), None)
+    surroundings: dict[str, Any] | None = suites["stages"]["environment"] if "stages" in suites else None
     for number, stage in enumerate(stages):
         weights = [each.expected(device) for each in stages[number:]]
         left = until - time.monotonic()
@@ -199,9 +217,11 @@ def run_stages(
             "folder": str(output.resolve()),
             "plant": planted.get(stage.letter),
         }
-        surroundings, rows, reason = run_stage(
+        own_surroundings, rows, reason = run_stage(
             request, share, output / "logs" / f"{stage.letter}-{stage.name}.log", paths
         )
+        # a stage that crashed at once has said nothing of them
+        surroundings = own_surroundings or surroundings or environment("cpu") | {"device": device}
         taken = time.monotonic() - begun
         row = Row(
             suite="stages", workload="stages", case=f"{stage.letter} {stage.name}", provider="stage", reason=reason
@@ -226,11 +246,11 @@ def _record(surroundings: Mapping[str, Any], limits: Any, device: str, seconds: 
 
 def run_stage(
     request: Mapping[str, Any], seconds: float, log: Path, paths: Sequence[str]
-) -> tuple[dict[str, Any], list[Row], str | None]:
+) -> tuple[dict[str, Any] | None, list[Row], str | None]:
     """One stage in a process of its own, ended with all that it started when its time is over.
 
     Returns:
-        Its surroundings, its rows, and why it did not end well, if it did not.
+        Its surroundings (None if it did not come to tell them), its rows, and why it did not end well, if it did not.
     """
     variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the proof asks for deterministic library products
@@ -259,7 +279,7 @@ def run_stage(
         reason = _reason_of(process.returncode, log)
     surroundings = next((line["environment"] for line in found if "environment" in line), None)
     own = [Row.read(values) for line in found for values in line.get("rows", ())]
-    return surroundings or environment("cpu"), own, reason
+    return surroundings, own, reason
 
 
 def _reason_of(status: int, log: Path) -> str:

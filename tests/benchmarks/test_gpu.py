@@ -139,6 +139,16 @@ def test_merged_stages_stand_beside_those_that_were_there(tmp_path):
     assert suites.keys() == {"raises", "ends", "stages"}
 
 
+def test_results_of_two_devices_are_not_merged(tmp_path):
+    gpu, results = module("gpu"), module("results")
+    record = results.suite_record({"device": "cuda", "gpu": "a card"}, None, "gpu.py, cuda", 1.0, [])
+    results.write(tmp_path / "gpu.json", {"proof": record}, merge=False)
+    with pytest.raises(SystemExit, match="^--merge must be of results of the same device; got a card and cpu$"):
+        gpu.main(["--device", "cpu", "--merge", "--output", str(tmp_path)])
+    assert results.read(tmp_path / "gpu.json")["proof"] == record
+    assert gpu.unlike(tmp_path / "nothing there", "cpu") is None
+
+
 # ---- the real stages
 
 
