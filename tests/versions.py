@@ -37,11 +37,13 @@ class Report:
     name: str
     started: float = field(default_factory=time.monotonic)
     cells: list[str] = field(default_factory=list)
+    logs: int = 0
     failed: bool = False
 
     def step(self, command: Sequence[str], env: dict[str, str], telling: str) -> None:
         """Runs a command; what it says is kept in a file, and shown if it fails. `telling` finds the table's cell."""
-        log = FOLDER / f"{self.name.replace(' ', '-').replace(',', '')}-{len(self.cells) + 1}.log"
+        self.logs += 1
+        log = FOLDER / f"{self.name.replace(' ', '-').replace(',', '')}-{self.logs}.log"
         with log.open("w", encoding="utf-8") as file:
             done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
         said = log.read_text(encoding="utf-8", errors="replace")
