@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     planted = planted_faults(arguments.plant)
     if arguments.minutes <= 0:
         raise SystemExit(f"--minutes must be above 0; got {arguments.minutes}")
-    if reason := unusable(arguments.device) or (arguments.merge and unlike(arguments.output, arguments.device)):
+    name = name_of(arguments.device)
+    if arguments.merge and (reason := unlike(arguments.output, arguments.device, name)):
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory() as scratch:
         paths = [str(FOLDER), str(FOLDER.parent), *peers_paths(arguments.peers, Path(scratch))]
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths=paths,
             planted=planted,
             merge=arguments.merge,
+            card=name,
         )
     text = summary.lines(suites)
     (arguments.output / "summary.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
@@ -111,31 +113,32 @@ def planted_faults(texts: Sequence[str]) -> dict[str, str]:
     return faults
 
 
-def unusable(device: str) -> str | None:
-    """Why nothing can be run on this device, or None. Asked in another process: this one needs no GPU memory."""
-    probe = "import torch, triton; print(torch.cuda.is_available())"
+def name_of(device: str) -> str | None:
+    """The card's name; None for the CPU. Asked in another process: this one needs no GPU memory.
+
+    Raises:
+        SystemExit: nothing can be run on this device.
+    """
+    probe = "import torch, triton; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
-        return f"torch and triton must be installed; got {''.join(last)}"
-    if device == "cuda" and done.stdout.strip() != "True":
-        return (
-            "--device cuda: this torch sees no CUDA device (--device cpu tries the code out, --dry-run shows the plan)"
-        )
-    return None
+        raise SystemExit(f"torch and triton must be installed; got {''.join(last)}")
+    if device == "cpu":
+        return None
+    if name := done.stdout.strip():
+        return name
+    raise SystemExit(
+        "--device cuda: this torch sees no CUDA device (--device cpu tries the code out, --dry-run shows the plan)"
+    )
 
 
-def unlike(output: Path, device: str) -> str | None:
+def unlike(output: Path, device: str, name: str | None) -> str | None:
     """Why nothing may be merged into what DIR has, or None: one file is of one card."""
     if not (output / "gpu.json").exists():
         return None
     environments = [record["environment"] for record in results.read(output / "gpu.json").values()]
     there = {(each["device"], each["gpu"]) for each in environments}
-    probe = "import torch; print(torch.cuda.get_device_name())"
-    name = None
-    if device == "cuda":
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-        name = done.stdout.strip()
     if there <= {(device, name)}:
         return None
     had = ", ".join(sorted(str(gpu or on) for on, gpu in there))
@@ -182,6 +185,7 @@ def run_stages(
     paths: Sequence[str],
     planted: Mapping[str, str],
     merge: bool = False,
+    card: str | None = None,
 ) -> dict[str, Any]:
     """Run the stages one after the other, and write gpu.json after each.
 
@@ -189,6 +193,7 @@ def run_stages(
         seconds: for all of them; a stage has its part of what is left, by its expected minutes.
         paths: put before Python's own in the stages' processes.
         planted: a fault for a stage, by its letter.
+        card: its name, for what is written where no stage came to tell it.
 
     Returns:
         Suites, by name: "stages" says how each stage ended.
@@ -221,7 +226,7 @@ def run_stages(
             request, share, output / "logs" / f"{stage.letter}-{stage.name}.log", paths
         )
         # a stage that crashed at once has said nothing of them
-        surroundings = own_surroundings or surroundings or environment("cpu") | {"device": device}
+        surroundings = own_surroundings or surroundings or environment("cpu") | {"device": device, "gpu": card}
         taken = time.monotonic() - begun
         row = Row(
             suite="stages", workload="stages", case=f"{stage.letter} {stage.name}", provider="stage", reason=reason

@@ -139,6 +139,13 @@ def test_merged_stages_stand_beside_those_that_were_there(tmp_path):
     assert suites.keys() == {"raises", "ends", "stages"}
 
 
+def test_results_say_of_which_card_they_are_though_no_stage_came_to_tell(tmp_path):
+    suites = run_fakes(tmp_path, "not_there", seconds=60, card="a card")
+    assert suites["stages"]["environment"]["gpu"] == "a card"
+    (stage,) = module("results").rows_of(suites["stages"])
+    assert stage.reason.startswith("ended with status 1: AttributeError")
+
+
 def test_results_of_two_devices_are_not_merged(tmp_path):
     gpu, results = module("gpu"), module("results")
     record = results.suite_record({"device": "cuda", "gpu": "a card"}, None, "gpu.py, cuda", 1.0, [])
@@ -146,7 +153,9 @@ def test_results_of_two_devices_are_not_merged(tmp_path):
     with pytest.raises(SystemExit, match="^--merge must be of results of the same device; got a card and cpu$"):
         gpu.main(["--device", "cpu", "--merge", "--output", str(tmp_path)])
     assert results.read(tmp_path / "gpu.json")["proof"] == record
-    assert gpu.unlike(tmp_path / "nothing there", "cpu") is None
+    assert gpu.unlike(tmp_path, "cuda", "another card") is not None
+    assert gpu.unlike(tmp_path, "cuda", "a card") is None
+    assert gpu.unlike(tmp_path / "nothing there", "cpu", None) is None
 
 
 # ---- the real stages
