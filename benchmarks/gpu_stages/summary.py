@@ -68,7 +68,7 @@ def _head(suites: Mapping[str, Any]) -> Iterator[str]:
     found = failures(suites)
     proofs = [row for row in results.rows_of(suites["proof"]) if row.quantity != "s"] if "proof" in suites else []
     shown = f"; {sum(bool(row.samples) for row in proofs)} of {len(proofs)} proofs hold" if proofs else ""
-    yield (f"{len(found)} failures of ours" if found else "nothing of ours failed") + shown
+    yield (f"{len(found)} failure{'s' * (len(found) > 1)} of ours" if found else "nothing of ours failed") + shown
     for row in found[:_FAILURES_SHOWN]:
         if row.suite != "stages":
             yield f"  {row.suite}: {row.workload}; {row.case}; {row.provider}: {row.reason}"[:200]
