@@ -37,6 +37,7 @@ INTERPRETED := tests/kernels/test_attention.py tests/kernels/test_attention_prop
   tests/kernels/test_disentangled_attention.py tests/kernels/test_disentangled_attention_properties.py \
   tests/kernels/test_triton_relative.py tests/kernels/test_triton_relative_mutants.py \
   tests/kernels/test_triton_tiles.py tests/kernels/test_triton_ops.py tests/kernels/test_triton_mutants.py \
+  tests/kernels/test_every_op.py \
   tests/kernels/triton_support tests/benchmarks/test_plain_flash_attention.py
 
 .PHONY: demo test native sanitize ir aot gpu compiles versions lint clean

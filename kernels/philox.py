@@ -105,11 +105,11 @@ def _keep_mask_in_blocks(
     """keep_mask, some rows at a time and in place: passes over what lies in cache are several times faster."""
     shape = torch.broadcast_shapes(heads.shape, query_rows.shape)
     heads, query_rows = (x.expand(shape).reshape(-1, 1) for x in (heads, query_rows))
-    groups = torch.arange(-(-num_keys // 4))
-    kept = torch.empty(heads.shape[0], groups.numel(), 4, dtype=torch.bool)
+    groups = torch.arange(-(-num_keys // 4), device="cpu")
+    kept = torch.empty(heads.shape[0], groups.numel(), 4, dtype=torch.bool, device="cpu")
     threshold = drop_threshold(dropout_p)
     step = max(1, _BLOCK_COUNTERS * torch.get_num_threads() // max(1, groups.numel()))
-    buffers = torch.empty(5, min(step, heads.shape[0]), groups.numel(), dtype=torch.int64)
+    buffers = torch.empty(5, min(step, heads.shape[0]), groups.numel(), dtype=torch.int64, device="cpu")
     for start in range(0, heads.shape[0], step):
         block = slice(start, start + step)
         own = kept[block]

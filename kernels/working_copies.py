@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from antlm_fast.kernels.tracing import is_plain
+
 _State = tuple[Any, ...]
 _SAMPLE_BYTES = 16
 
@@ -90,13 +92,10 @@ def working_copy(weights: torch.Tensor | tuple[torch.Tensor, ...], dtype: torch.
 
 def may_keep(weights: tuple[torch.Tensor, ...]) -> bool:
     """Whether a copy of these can be kept: plain leaf tensors of a CPU, outside of compilation and of functorch."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not is_plain(*weights) or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
         return False
     return all(
-        type(weight) in (torch.nn.Parameter, torch.Tensor)
-        and weight.device.type == "cpu"
-        and weight.is_leaf
-        and not weight.is_inference()  # counts no versions
+        weight.device.type == "cpu" and weight.is_leaf and not weight.is_inference()  # counts no versions
         for weight in weights
     )
 
@@ -134,7 +133,7 @@ def _make(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> _Copy:
     _watch_optimizers()
     rows = sum(weight.shape[0] for weight in weights)
     with torch.inference_mode(False), torch.no_grad():
-        copy = _Copy(weights, torch.empty((rows, *weights[0].shape[1:]), dtype=dtype))
+        copy = _Copy(weights, torch.empty((rows, *weights[0].shape[1:]), dtype=dtype, device="cpu"))
     for weight in weights:
         key = id(weight)
         if key not in _watches:

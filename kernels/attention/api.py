@@ -11,6 +11,7 @@ from antlm_fast.kernels.attention import reference, torch_impl
 from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tensors, options, visibility
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
 from antlm_fast.kernels.native import library as native
+from antlm_fast.kernels.tracing import check_call
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 _MAX_TRITON_HEAD_DIM = 256
@@ -174,6 +175,7 @@ def attention(
     Source:
         Vaswani et al., arXiv 1706.03762, section 3.2.1; prefix-LM: Raffel et al., arXiv 1910.10683, section 3.2.1.
     """
+    check_call("attention", impl, q=q, k=k, v=v)
     check_tensors(q, k, v, ("batch", "seqlen"))
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}; got {k.shape[0]}")
@@ -271,6 +273,7 @@ def attention_varlen(
     Gradients and determinism, Source:
         as for `attention`.
     """
+    check_call("attention_varlen", impl, q=q, k=k, v=v)
     check_tensors(q, k, v, ("total",))
     num_seqs = check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     prefix = visibility(causal, prefix_len, num_seqs, q.device)

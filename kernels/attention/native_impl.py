@@ -6,14 +6,13 @@ where they lie. The ops are opaque to torch.compile.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from antlm_fast.kernels.disentangled_attention.buckets import relative_bucket
 from antlm_fast.kernels.native.library import library
-from antlm_fast.kernels.native.ops import differentiable
+from antlm_fast.kernels.native.ops import differentiable, opaque
 from antlm_fast.kernels.philox import drop_threshold
+from antlm_fast.kernels.tracing import kept
 
 # a sum over sequences (a table's gradient) is made of so many parts, whatever the number of threads
 _PARTS = 16
@@ -32,7 +31,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention; arguments as in api.attention, with one prefix length for all (int) or for each sequence."""
     batch, len_q, heads, _ = q.shape
-    counts = torch.arange(batch + 1, dtype=torch.int32)
+    counts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     out, lse = attention_varlen(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -92,13 +91,13 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention with relative tables or without (None), for other ops too."""
     if isinstance(prefix_len, int):
-        prefix_len = torch.full((cu_q.numel() - 1,), prefix_len, dtype=torch.int32)
+        prefix_len = torch.full((cu_q.numel() - 1,), prefix_len, dtype=torch.int32, device=q.device)
     else:
         prefix_len = prefix_len.clone()  # a flag may be changed in place before the backward reads it again
     dropout_seed = None if dropout_seed is None else dropout_seed.clone()
     longest = min(max(max_q, max_k), max(q.shape[0], k.shape[0]))  # a caller may name any bound
     out, sums = _attend(
-        q, k, v, q_rel, k_rel, cu_q.contiguous(), cu_k.contiguous(), prefix_len, positions_q, dropout_seed,
+        q, k, v, q_rel, k_rel, cu_q, cu_k, prefix_len, positions_q, dropout_seed,
         softmax_scale, dropout_p, max_position, longest,
     )  # fmt: skip
     if not return_lse:
@@ -175,7 +174,7 @@ def _gradients(
 
 def _parts_of(table: torch.Tensor, parts: int) -> torch.Tensor:
     rows, heads, head_dim = table.shape
-    return torch.empty(parts, heads, rows, head_dim, dtype=torch.float32)
+    return table.new_empty((parts, heads, rows, head_dim), dtype=torch.float32)
 
 
 def _new_gradients(
@@ -188,8 +187,9 @@ def _arguments(
     tensors: tuple[torch.Tensor | None, ...], softmax_scale: float, dropout_p: float, max_position: int, longest: int
 ) -> tuple[list[torch.Tensor | float | None], list[torch.Tensor | None]]:
     """What both kernels are given first, and what has to live until they are done."""
-    *rows, cu_q, cu_k, prefix_len, positions_q, dropout_seed = tensors
-    q, k, v, q_rel, k_rel = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in rows)
+    *rows, dropout_seed = tensors
+    q, k, v, q_rel, k_rel = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in rows[:5])
+    cu_q, cu_k, prefix_len, positions_q = (None if x is None else x.contiguous() for x in rows[5:])
     assert q is not None
     assert k is not None
     assert v is not None
@@ -216,26 +216,20 @@ def _span(longest: int) -> int:
     return 1 << (longest + 64).bit_length()
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _bucket_rows(bucket_size: int, max_position: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int16 (2 * span + 1,): the table's row of distance d, and of distance -d, at d + span."""
-    distance = torch.arange(-span, span + 1)
+    distance = torch.arange(-span, span + 1, device="cpu")
     rows = relative_bucket(distance, bucket_size=bucket_size, max_position=max_position) + bucket_size - 1
     rows = rows.to(torch.int16)
     return rows, rows.flip(0).contiguous()
 
 
-def _is_real(x: torch.Tensor) -> bool:
-    """Not one of those that torch.compile traces with."""
-    return type(x) is torch.Tensor
-
-
-_gradients_op = torch.library.custom_op("antlm_fast::native_attention_backward", _gradients, mutates_args=())
-
-
-@_gradients_op.register_fake
-def _(d_out, out, sums, q, k, v, q_rel, k_rel, *rest):  # type: ignore[no-untyped-def]
-    return _new_gradients(q, k, v, q_rel, k_rel)
+_gradients_of = opaque(
+    "native_attention_backward",
+    _gradients,
+    lambda d_out, out, sums, q, k, v, q_rel, k_rel, *rest: _new_gradients(q, k, v, q_rel, k_rel),
+)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -246,8 +240,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
     *tensors, out, sums = ctx.saved_tensors
-    compute = _gradients if _is_real(d_out) else _gradients_op
-    d_q, d_k, d_v, *rest = compute(d_out, out, sums, *tensors, *ctx.settings)
+    d_q, d_k, d_v, *rest = _gradients_of(d_out, out, sums, *tensors, *ctx.settings)
     d_tables = [None if table is None else rest.pop(0) for table in tensors[3:5]]
     return d_q, d_k, d_v, *d_tables, *[None] * 9
 
@@ -255,6 +248,7 @@ def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
 _attend = differentiable(
     "native_attention_forward",
     _forward,
+    public="attention",
     fake=lambda q, *rest: _new_forward(q),
     save=_save,
     backward=_backward,

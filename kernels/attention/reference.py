@@ -25,8 +25,8 @@ def attention(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        torch.arange(batch + 1) * seqlen_q,
-        torch.arange(batch + 1) * seqlen_k,
+        torch.arange(batch + 1, device="cpu") * seqlen_q,
+        torch.arange(batch + 1, device="cpu") * seqlen_k,
         seqlen_q,
         seqlen_k,
         prefix_len,
@@ -79,8 +79,9 @@ def attention_varlen(
     out = torch.cat([*outs, slack.masked_fill(torch.ones_like(slack, dtype=torch.bool), 0.0)])
     if not return_lse:
         return out, None
-    slack_lse = torch.full((q.shape[1], slack.shape[0]), -torch.inf, device=q.device)
-    return out, torch.cat([*lses, slack_lse.to(torch.promote_types(q.dtype, torch.float32))], 1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    slack_lse = torch.full((q.shape[1], slack.shape[0]), -torch.inf, dtype=dtype, device=q.device)
+    return out, torch.cat([*lses, slack_lse], 1)
 
 
 def row_limit(len_q: int, len_k: int, prefix_len: int, device: torch.device) -> torch.Tensor:

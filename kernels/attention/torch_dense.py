@@ -9,6 +9,7 @@ import torch
 
 from antlm_fast.kernels.attention.torch_plan import Block
 from antlm_fast.kernels.philox import keep_mask
+from antlm_fast.kernels.tracing import first_order
 
 # scores formed at a time on the CPU: what stays in cache; larger buffers cost page faults each time they are made
 _SCORES_MIB = 4
@@ -141,7 +142,7 @@ class _Materialised(torch.autograd.Function):
         return _by_row(out, block.num_seqs, heads, kv_heads), lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, d_out: torch.Tensor, _: Any) -> Any:
         q, k, v, probabilities, kept = ctx.saved_tensors
         scale, kept_scale = ctx.softmax_scale, 1.0 / (1.0 - ctx.dropout_p)

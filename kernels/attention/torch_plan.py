@@ -8,10 +8,11 @@ longest sequence, and its limits are computed on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
+
+from antlm_fast.kernels.tracing import kept
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Plan:
     map_k: RowMap | None
 
 
-@lru_cache(maxsize=8)
+@kept(maxsize=8)
 def host_plan(
     starts_q: tuple[int, ...],
     starts_k: tuple[int, ...],
@@ -162,8 +163,8 @@ def _host_block(members: list[int], lens_q: list[int], lens_k: list[int], visibl
     else:
         # vector units and matrix units both want even shapes
         len_q, len_k = _rounded_up(len_q), _rounded_up(len_k)
-    seq_q, seq_k, prefix = torch.tensor(sizes).T[..., None]
-    rows = torch.arange(len_q)
+    seq_q, seq_k, prefix = torch.tensor(sizes, dtype=torch.int64, device="cpu").T[..., None]
+    rows = torch.arange(len_q, device="cpu")
     limits = row_limits(rows, seq_q, seq_k, prefix).masked_fill(rows >= seq_q, 0)
     causal = len(sizes) == 1 and sizes[0][2] == 0 and len_q == len_k
     return Block(len(members), len_q, len_k, limits, causal, unseen=bool((limits == 0).any()))
@@ -181,8 +182,9 @@ def _host_map(groups: list[list[int]], padded: list[int], starts: tuple[int, ...
             rows.extend([min(start, max(total - 1, 0))] * (length - (stop - start)))
     if rows == list(range(total)):
         return None
-    slack = torch.arange(total) >= starts[-1] if starts[-1] < total else None
-    return RowMap(torch.tensor(rows, dtype=torch.int64), torch.tensor(slots), _as_rows(slack))
+    slack = torch.arange(total, device="cpu") >= starts[-1] if starts[-1] < total else None
+    where = {"dtype": torch.int64, "device": "cpu"}
+    return RowMap(torch.tensor(rows, **where), torch.tensor(slots, **where), _as_rows(slack))
 
 
 def _device_map(starts: torch.Tensor, padded: int, total: int) -> RowMap:

@@ -11,6 +11,7 @@ import torch
 
 from antlm_fast.kernels.attention.triton_launches import AttentionLaunches, delta_launch
 from antlm_fast.kernels.attention.triton_tables import relative_terms
+from antlm_fast.kernels.tracing import first_order
 from antlm_fast.kernels.triton_support.launch import log2_scale
 
 
@@ -286,4 +287,4 @@ def _backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
     return dq, dk, dv, *[None] * 4, dc2p, dp2c, *[None] * 7
 
 
-forward_op.register_autograd(_backward, setup_context=_save)
+forward_op.register_autograd(first_order("attention")(_backward), setup_context=_save)

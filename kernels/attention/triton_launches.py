@@ -50,26 +50,28 @@ def offline_launches(
         kind: what launch.kind_of would answer on the device: "half", "tf32" or "ieee".
         bucket_size: of disentangled attention with both of its terms; None is plain attention.
     """
-    with torch.device("meta"):
-        q, kv = (torch.empty(4096, n, head_dim, dtype=dtype) for n in (heads, kv_heads))
-        sums, starts = torch.empty(heads, 4096), torch.empty(9, dtype=torch.int32)
-        seed = torch.empty((), dtype=torch.int64) if dropout else None
-        term = relative = None
-        if bucket_size is not None:
-            rows = padded_table_rows(bucket_size)
-            term = torch.empty(heads, 4096, rows, dtype=dtype)
-            tables = (torch.empty(n, dtype=torch.int32) for n in (2049, 2049, rows))
-            relative = RelativeTerms(term, term, *tables)
-        call = AttentionLaunches(
-            q, kv, kv, starts, starts, starts[:8], seed, relative, head_dim**-0.5, 0.1 * dropout, 512, 512, True,
-            arch, kind,
-        )  # fmt: skip
-        return [
-            call.forward(q, sums),
-            delta_launch(q, q, sums, arch),
-            call.dq(q, sums, sums, q, term),
-            call.dkdv(q, sums, sums, kv, kv, term),
-        ]
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, kv = (empty(4096, n, head_dim) for n in (heads, kv_heads))
+    sums, starts = empty(heads, 4096, dtype=torch.float32), empty(9, dtype=torch.int32)
+    seed = empty(dtype=torch.int64) if dropout else None
+    term = relative = None
+    if bucket_size is not None:
+        rows = padded_table_rows(bucket_size)
+        term = empty(heads, 4096, rows)
+        relative = RelativeTerms(term, term, *(empty(n, dtype=torch.int32) for n in (2049, 2049, rows)))
+    call = AttentionLaunches(
+        q, kv, kv, starts, starts, starts[:8], seed, relative, head_dim**-0.5, 0.1 * dropout, 512, 512, True,
+        arch, kind,
+    )  # fmt: skip
+    return [
+        call.forward(q, sums),
+        delta_launch(q, q, sums, arch),
+        call.dq(q, sums, sums, q, term),
+        call.dkdv(q, sums, sums, kv, kv, term),
+    ]
 
 
 def delta_launch(out: torch.Tensor, d_out: torch.Tensor, delta: torch.Tensor, arch: str | None = None) -> Launch:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from antlm_fast.kernels.disentangled_attention.buckets import last_distances
+from antlm_fast.kernels.tracing import kept
 
 _BEYOND = 2**30  # further than any distance
 
@@ -63,14 +63,14 @@ def padded_table_rows(bucket_size: int) -> int:
     return max(16, 1 << (2 * bucket_size - 2).bit_length())
 
 
-@lru_cache
+@kept(maxsize=128)
 def _tables(
     bucket_size: int, max_position: int, rows: int, reach: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     """Buckets, mirrored, run_starts. Made once, and kept for good."""
     furthest = max_position - 1
     near = torch.arange(-furthest, furthest + 1, device="cpu")
-    ends = torch.tensor(last_distances(bucket_size, max_position), device="cpu")
+    ends = torch.tensor(last_distances(bucket_size, max_position), dtype=torch.int64, device="cpu")
     columns = near.sign() * torch.bucketize(near.abs(), ends[:-1]) + bucket_size - 1
     starts = torch.searchsorted(columns, torch.arange(rows, device="cpu"))
     run_starts = starts - furthest

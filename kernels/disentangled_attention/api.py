@@ -13,6 +13,7 @@ from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tens
 from antlm_fast.kernels.disentangled_attention import reference, torch_impl
 from antlm_fast.kernels.disentangled_attention.buckets import check_sizes
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
+from antlm_fast.kernels.tracing import check_call
 
 
 def _serves_everything(call: AttentionCall) -> str | None:
@@ -109,6 +110,7 @@ def disentangled_attention(
     Raises, Gradients and determinism, Source:
         as for `disentangled_attention_varlen`.
     """
+    check_call("disentangled_attention", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel)
     check_tensors(q, k, v, ("batch", "seqlen"))
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}; got {k.shape[0]}")
@@ -253,6 +255,7 @@ def disentangled_attention_varlen(
         LTG-BERT, arXiv 2303.09859, section 3; He et al., DeBERTa, arXiv 2006.03654, equation 4 (which reads the second
         relative term at bucket(j - i)).
     """
+    check_call("disentangled_attention_varlen", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel)
     check_tensors(q, k, v, ("total",))
     num_seqs = check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if positions_q is not None:

@@ -31,7 +31,7 @@ def relative_bucket(distance: torch.Tensor, *, bucket_size: int = 32, max_positi
     if distance.is_floating_point() or distance.is_complex() or distance.dtype == torch.bool:
         raise TypeError(f"distance must be an integer tensor; got {distance.dtype}")
     check_sizes(bucket_size, max_position)
-    ends = torch.tensor(last_distances(bucket_size, max_position), device=distance.device)
+    ends = torch.tensor(last_distances(bucket_size, max_position), dtype=torch.int64, device=distance.device)
     # how many buckets end below |distance|: the bucket it is in
     return torch.sign(distance).long() * torch.bucketize(distance.long().abs(), ends[:-1])
 

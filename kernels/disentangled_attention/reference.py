@@ -77,7 +77,7 @@ def _scores(
     table = q_rel if k_rel is None else k_rel
     if table is None:
         return scores
-    bucket_size = (table.shape[0] + 1) // 2
+    bucket_size = (int(table.shape[0]) + 1) // 2
     row = relative_bucket(distance, bucket_size=bucket_size, max_position=max_position) + bucket_size - 1
     if k_rel is not None:
         scores = scores + torch.einsum("qhd,qkhd->hqk", q, k_rel[row])

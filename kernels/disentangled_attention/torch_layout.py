@@ -72,7 +72,7 @@ def host_layout(packing: Packing, positions_q: torch.Tensor | None, max_scores: 
             positions = positions_q.long()[rows]
             limits = row_limits(positions, lens_k[own], lens_k[own], packing.prefix_of(own))
             if plan.map_q is not None:
-                slots = torch.arange(first, first + rows.numel()).view(rows.shape)
+                slots = torch.arange(first, first + rows.numel(), device=rows.device).view(rows.shape)
                 limits = limits.where(plan.map_q.slots[rows] == slots, 0)
             block = replace(block, limits=limits, causal=False, unseen=bool((limits == 0).any()))
             places.append(Places(0, positions, packing.starts_k.long()[own] + positions))

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 
 from antlm_fast.kernels.disentangled_attention.buckets import last_distances
 from antlm_fast.kernels.disentangled_attention.torch_layout import Places
+from antlm_fast.kernels.tracing import kept
 
 # rows (or keys) whose products with their distances are formed at once, by the size of a dtype: of n of them n - 1
 # columns are formed that are not shown, so few where products cost most, and more where matrix units make them
@@ -103,7 +104,7 @@ class Terms:
         self.width, self._dtype = table.shape[1], table.dtype
         sizes = (self.width // 2, max_position)
         if places.positions is not None:
-            self._rows = table_rows(torch.arange(1 - len_k, len_k), *sizes)
+            self._rows = table_rows(torch.arange(1 - len_k, len_k, device="cpu"), *sizes)
         elif isinstance(places.offset, int) and table.device.type == "cpu":
             self._by_key, self._by_query = _shared_rows(len_q, len_k, places.offset, *sizes)
         else:
@@ -243,7 +244,7 @@ class Terms:
         """The table's row of each query and key, as scores of all heads."""
         assert self._positions is not None
         positions = self._positions[tile.seqs, tile.rows]
-        distances = positions[..., None] - torch.arange(tile.stop)
+        distances = positions[..., None] - torch.arange(tile.stop, device=positions.device)
         return self._rows[distances + (self._len_k - 1)].expand(shape)
 
     def _gather(self, s: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tile: Tile) -> None:
@@ -283,16 +284,16 @@ def table_rows(distances: torch.Tensor, bucket_size: int, max_position: int) -> 
     """bucket + bucket_size - 1 of each distance, as relative_bucket; unlike it, this stalls no device."""
     ends = last_distances(bucket_size, max_position)[:-1]
     if distances.device.type == "cpu":
-        all_ends = torch.tensor(ends)
+        all_ends = torch.tensor(ends, dtype=torch.int64, device="cpu")
     else:
         # a copy from the host can stall: the ends are filled in. Near distances are buckets of their own
         near = min(bucket_size // 2 + 1, len(ends))
-        far = [torch.full((1,), end, device=distances.device) for end in ends[near:]]
+        far = [torch.full((1,), end, dtype=torch.int64, device=distances.device) for end in ends[near:]]
         all_ends = torch.cat([torch.arange(near, device=distances.device), *far])
     return torch.sign(distances) * torch.bucketize(distances.abs(), all_ends) + (bucket_size - 1)
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _shared_rows(
     len_q: int, len_k: int, offset: int, bucket_size: int, max_position: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

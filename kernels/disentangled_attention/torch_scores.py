@@ -12,6 +12,7 @@ from antlm_fast.kernels.attention.torch_plan import Block
 from antlm_fast.kernels.disentangled_attention.torch_layout import Places
 from antlm_fast.kernels.disentangled_attention.torch_relative import Scratch, Terms, Tile
 from antlm_fast.kernels.philox import keep_mask
+from antlm_fast.kernels.tracing import first_order
 
 # scores formed at a time on the CPU: what stays in cache
 _TILE_KIB = 2048
@@ -92,7 +93,7 @@ class _Disentangled(torch.autograd.Function):
         return _by_row(out), lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("disentangled_attention")
     def backward(ctx: Any, d_out: torch.Tensor, _: Any) -> Any:
         q, k, v, q_rel, k_rel, probabilities, kept = ctx.saved_tensors
         call = ctx.call

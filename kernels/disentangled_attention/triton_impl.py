@@ -13,6 +13,7 @@ import torch
 
 from antlm_fast.kernels.attention.triton_impl import attend
 from antlm_fast.kernels.attention.triton_tables import padded_table_rows
+from antlm_fast.kernels.tracing import first_order
 
 
 def disentangled_attention_varlen(
@@ -133,4 +134,4 @@ def _backward(ctx, d_products):  # type: ignore[no-untyped-def]
     return *relative_products_backward_op(d_products, *ctx.saved_tensors), None
 
 
-relative_products_op.register_autograd(_backward, setup_context=_save)
+relative_products_op.register_autograd(first_order("disentangled_attention")(_backward), setup_context=_save)

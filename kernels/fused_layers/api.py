@@ -18,14 +18,22 @@ from antlm_fast.kernels.fused_layers.validation import (
     checked_seed,
 )
 from antlm_fast.kernels.native.library import unavailable_reason
+from antlm_fast.kernels.tracing import check_dense, transform
 
 
 @dataclass(frozen=True)
 class FusedLayerCall:
-    """What the choice of an implementation may depend on; dtypes are x's, the sum's and the result's."""
+    """What the choice of an implementation may depend on.
+
+    Args:
+        device_type: of the tensors.
+        dtypes: x's, the sum's and the result's.
+        transform: what tracing.transform said of the tensors.
+    """
 
     device_type: str
     dtypes: tuple[torch.dtype, ...]
+    transform: str | None = None
 
 
 def _serves_everything(call: FusedLayerCall) -> str | None:
@@ -33,6 +41,8 @@ def _serves_everything(call: FusedLayerCall) -> str | None:
 
 
 def _native_unsupported_reason(call: FusedLayerCall) -> str | None:
+    if call.transform is not None:
+        return f"the C++ kernels do not follow {call.transform}"
     reasons = (unavailable_reason(call.device_type, dtype) for dtype in call.dtypes)
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -100,6 +110,7 @@ def add_norm(
     Source:
         RMSNorm: Zhang and Sennrich, arXiv 1910.07467; layer norm: Ba et al., arXiv 1607.06450.
     """
+    check_dense(x=x, residual=residual, weight=weight, bias=bias)
     check_rows(x, residual, out_dtype)
     check_norm(x, weight, bias, kind, eps)
     seed = checked_seed(dropout_p, dropout_seed, x.device)
@@ -107,7 +118,7 @@ def add_norm(
     options = LayerOptions(out_dtype or total_dtype, kind == "layer", float(eps), float(dropout_p), seed)
     if residual is None and not dropout_p:
         return x, _norm("add_norm", x, weight, bias, options, impl)
-    forward = _chosen("add_norm", impl, x, total_dtype, options.out_dtype)
+    forward = _chosen("add_norm", impl, (x, residual, weight, bias), total_dtype, options.out_dtype)
     total, normed = forward(_as_rows(x), None if residual is None else _as_rows(residual), weight, bias, options)
     return _shaped(total, x.shape), _shaped(normed, x.shape)
 
@@ -130,6 +141,7 @@ def layer_norm(
     Returns:
         (..., columns), x's shape.
     """
+    check_dense(x=x, weight=weight, bias=bias)
     check_rows(x, None, out_dtype)
     check_norm(x, weight, bias, kind, eps)
     return _norm("layer_norm", x, weight, bias, LayerOptions(out_dtype or x.dtype, kind == "layer", float(eps)), impl)
@@ -151,13 +163,14 @@ def add_dropout(
     Returns:
         (..., columns), x's shape, in residual's dtype, or x's where there is none.
     """
+    check_dense(x=x, residual=residual)
     check_rows(x, residual, None)
     seed = checked_seed(dropout_p, dropout_seed, x.device)
     if not dropout_p:
         return x if residual is None else residual + x
     total_dtype = x.dtype if residual is None else residual.dtype
     options = LayerOptions(total_dtype, dropout_p=float(dropout_p), dropout_seed=seed)
-    forward = _chosen("add_dropout", impl, x, total_dtype)
+    forward = _chosen("add_dropout", impl, (x, residual), total_dtype)
     return _shaped(forward(_as_rows(x), None if residual is None else _as_rows(residual), options), x.shape)
 
 
@@ -190,9 +203,10 @@ def gated_unit(
     Source:
         Shazeer, arXiv 2002.05202; Hendrycks and Gimpel, arXiv 1606.08415; the norm: LTG-BERT, arXiv 2303.09859.
     """
+    check_dense(x=x)
     check_gated(x, activation, norm_eps, out_dtype)
     options = LayerOptions(out_dtype or x.dtype, eps=float(norm_eps or 0.0))
-    forward = _chosen("gated_unit", impl, x, options.out_dtype)
+    forward = _chosen("gated_unit", impl, (x,), options.out_dtype)
     out = forward(_as_rows(x), activation, gate_first, options)
     return _shaped(out, (*x.shape[:-1], x.shape[-1] // 2))
 
@@ -217,8 +231,9 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str =
     Source:
         Su et al., arXiv 2104.09864, in the layout of Hugging Face's Llama.
     """
+    check_dense(x=x, cos=cos, sin=sin)
     check_rotary(x, cos, sin)
-    forward = _chosen("rotary", impl, x)
+    forward = _chosen("rotary", impl, (x, cos, sin))
     turned: torch.Tensor = forward(x, cos, sin)
     return turned
 
@@ -249,10 +264,11 @@ def rotary_qkv(
     Raises, Gradients and determinism, Source:
         as for `rotary`.
     """
+    check_dense(x=x, cos=cos, sin=sin)
     check_rotary(x, cos, sin)
     if heads < 0 or kv_heads < 0 or x.shape[1] != heads + 2 * kv_heads:
         raise ValueError(f"x must have heads + 2 * kv_heads = {heads} + 2 * {kv_heads} heads; got {x.shape[1]}")
-    forward = _chosen("rotary_qkv", impl, x)
+    forward = _chosen("rotary_qkv", impl, (x, cos, sin))
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = forward(x, cos, sin, heads, kv_heads, overwrite)
     return parts
 
@@ -265,12 +281,14 @@ def _norm(
     options: LayerOptions,
     impl: str,
 ) -> torch.Tensor:
-    chosen = choose(op, OPS["layer_norm"], impl, FusedLayerCall(x.device.type, (x.dtype, options.out_dtype)))
+    call = FusedLayerCall(x.device.type, (x.dtype, options.out_dtype), transform(x, weight, bias))
+    chosen = choose(op, OPS["layer_norm"], impl, call)
     return _shaped(chosen.forward(_as_rows(x), weight, bias, options), x.shape)
 
 
-def _chosen(op: str, impl: str, x: torch.Tensor, *others: torch.dtype) -> Any:
-    return choose(op, OPS[op], impl, FusedLayerCall(x.device.type, (x.dtype, *others))).forward
+def _chosen(op: str, impl: str, tensors: tuple[Any, ...], *dtypes: torch.dtype) -> Any:
+    x = tensors[0]
+    return choose(op, OPS[op], impl, FusedLayerCall(x.device.type, (x.dtype, *dtypes), transform(*tensors))).forward
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:

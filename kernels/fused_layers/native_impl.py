@@ -86,6 +86,7 @@ def _gated_unit_backward(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None
 _gated_unit = differentiable(
     "native_gated_unit",
     _gated_unit_forward,
+    public="gated_unit",
     fake=lambda x, activation, gate_first, eps, out_dtype: _new_gated_unit(x, eps, out_dtype),
     save=_save_gated_unit,
     backward=_gated_unit_backward,

@@ -124,7 +124,7 @@ def _norm_gradients(
     d_x, d_residual, d_weight, d_bias = (next(rest) if each else None for each in wanted)
     rows, columns = total.shape
     blocks = max(1, min(_MOST_BLOCKS, -(-rows // _ROWS_OF_A_BLOCK)))
-    partials = torch.empty(blocks, 2, columns) if wanted[2] or wanted[3] else None
+    partials = total.new_empty((blocks, 2, columns), dtype=torch.float32) if wanted[2] or wanted[3] else None
     held = (_contiguous(d_total), _contiguous(d_normed), total.contiguous(), stats, _vector(weight))
     library().call(
         "add_norm_backward",
@@ -191,6 +191,7 @@ def _add_norm_backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None
 _add_norm = differentiable(
     "native_add_norm",
     _add_norm_forward,
+    public="add_norm",
     fake=lambda x, residual, weight, bias, seed, dropout_p, eps, layer, out_dtype: (
         _new_total(x, residual),
         *_new_norm(x, out_dtype),
@@ -219,6 +220,7 @@ def _layer_norm_backward(ctx: Any, d_normed: Tensor | None, _: Any) -> tuple[Ten
 _layer_norm = differentiable(
     "native_layer_norm",
     _layer_norm_forward,
+    public="layer_norm",
     fake=lambda x, weight, bias, eps, layer, out_dtype: _new_norm(x, out_dtype),
     save=_save_layer_norm,
     backward=_layer_norm_backward,
@@ -241,6 +243,7 @@ def _add_dropout_backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...
 _add_dropout = differentiable(
     "native_add_dropout",
     _add_dropout_forward,
+    public="add_dropout",
     fake=lambda x, residual, seed, dropout_p: _new_total(x, residual),
     save=_save_add_dropout,
     backward=_add_dropout_backward,

@@ -64,6 +64,7 @@ def _rotary_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 _rotary = differentiable(
     "native_rotary",
     _rotary_forward,
+    public="rotary",
     fake=lambda x, cos, sin: x.new_empty(x.shape),
     save=_save_rotary,
     backward=_rotary_backward,
@@ -123,6 +124,7 @@ def _rotary_qkv_backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tup
 _rotary_qkv = differentiable(
     "native_rotary_qkv",
     _rotary_qkv_forward,
+    public="rotary_qkv",
     fake=lambda x, cos, sin, heads, kv_heads, overwrite: _new_qkv(x, heads, kv_heads),
     save=_save_rotary,
     backward=_rotary_qkv_backward,

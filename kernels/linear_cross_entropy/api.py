@@ -13,6 +13,7 @@ from antlm_fast.kernels.linear_cross_entropy import native_impl, reference, torc
 from antlm_fast.kernels.linear_cross_entropy.contract import LossMetrics, LossOptions, RowResults
 from antlm_fast.kernels.linear_cross_entropy.labelled import IGNORE_INDEX, LabelledRows, labelled_rows
 from antlm_fast.kernels.native import library
+from antlm_fast.kernels.tracing import check_call
 from antlm_fast.kernels.triton_support.availability import unavailable_reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -182,6 +183,7 @@ def linear_cross_entropy(
         label smoothing: Szegedy et al., arXiv 1512.00567, section 7; z-loss: Chowdhery et al., arXiv 2204.02311,
         section 5; softcap: Gemma Team, arXiv 2408.00118, section 2.
     """
+    check_call("linear_cross_entropy", impl, hidden=hidden, weight=weight, targets=targets, bias=bias)
     compute_dtype = _compute_dtype(hidden, weight)
     _check(hidden, weight, targets, bias, reduction, compute_dtype)
     _check_options(z_loss, label_smoothing, softcap)

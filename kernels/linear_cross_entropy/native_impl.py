@@ -270,7 +270,7 @@ def _products(
         d_hidden = (d_logits @ weight).to(dtypes[0]).mul_(factor)
     if wanted[1] or wanted[2]:
         # the upstream gradient multiplies what is small, hidden's rows, not the weight's gradient
-        sums = torch.zeros(weight.shape[0]) if wanted[2] else None
+        sums = hidden.new_zeros(weight.shape[0], dtype=torch.float32) if wanted[2] else None
         scaled = (hidden * factor).to(hidden.dtype)
         parameter_gradients(scaled, d_logits, of_rows, d_weight if wanted[1] else None, sums, add=False)
         if sums is not None:
@@ -295,4 +295,11 @@ def _(upstream, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     return _new_gradients(hidden, weight, wanted, (hidden_dtype, weight_dtype, bias_dtype))
 
 
-_loss = differentiable("linear_cross_entropy_native", _forward, fake=_fake, save=_save, backward=_backward)
+_loss = differentiable(
+    "linear_cross_entropy_native",
+    _forward,
+    public="linear_cross_entropy",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)

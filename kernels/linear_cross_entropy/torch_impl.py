@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions, RowResults
+from antlm_fast.kernels.tracing import first_order
 
 # logits of one block, in the loss's dtype: what a core's cache holds
 _BLOCK_KIB = 1024
@@ -67,7 +68,7 @@ class _SummedLoss(torch.autograd.Function):
         return _outputs(ctx, run, run.losses.sum())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> Any:
         if ctx.gradients is None:
             hidden, weight, d_logits = ctx.saved_tensors
@@ -92,7 +93,7 @@ class _RowLosses(torch.autograd.Function):
         return _outputs(ctx, run, run.losses.clone())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> Any:
         hidden, weight, bias, targets, counts = ctx.saved_tensors
         scale = None

@@ -10,6 +10,7 @@ import torch
 
 from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions, RowResults
 from antlm_fast.kernels.linear_cross_entropy.triton_launches import LinearCrossEntropyLaunches
+from antlm_fast.kernels.tracing import first_order
 
 
 def forward(
@@ -192,4 +193,4 @@ def _backward(ctx, d_losses, *_):  # type: ignore[no-untyped-def]
     return *(x if wants else None for x, wants in zip(gradients, wanted, strict=True)), *[None] * 7
 
 
-forward_op.register_autograd(_backward, setup_context=_save)
+forward_op.register_autograd(first_order("linear_cross_entropy")(_backward), setup_context=_save)

@@ -47,23 +47,26 @@ def offline_launches(
         biased, softcap, smoothed: whether the head has a bias, a softcap, the loss label smoothing.
         counted: whether a mask tells which rows count, as on CUDA it does.
     """
-    with torch.device("meta"):
-        rows = 4096
-        call = LinearCrossEntropyLaunches(
-            torch.empty(rows, hidden_size, dtype=dtype),
-            torch.empty(vocab_size, hidden_size, dtype=dtype),
-            torch.empty(vocab_size, dtype=dtype) if biased else None,
-            torch.empty(rows, dtype=torch.int64),
-            torch.empty(rows, dtype=torch.bool) if counted else None,
-            30.0 if softcap else None,
-            arch,
-            kind,
-        )
-        per_row = torch.empty(rows)
-        return [
-            call.forward(call.new_partials(smoothed)),
-            call.d_logits(slice(0, rows), per_row, per_row, call.new_d_logits(rows), 0.0, 0.1 * smoothed),
-        ]
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = 4096
+    call = LinearCrossEntropyLaunches(
+        empty(rows, hidden_size),
+        empty(vocab_size, hidden_size),
+        empty(vocab_size) if biased else None,
+        empty(rows, dtype=torch.int64),
+        empty(rows, dtype=torch.bool) if counted else None,
+        30.0 if softcap else None,
+        arch,
+        kind,
+    )
+    per_row = empty(rows, dtype=torch.float32)
+    return [
+        call.forward(call.new_partials(smoothed)),
+        call.d_logits(slice(0, rows), per_row, per_row, call.new_d_logits(rows), 0.0, 0.1 * smoothed),
+    ]
 
 
 def tile_for(use: str, arch: str) -> Tile:

@@ -10,6 +10,7 @@ import torch
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
 from antlm_fast.kernels.mixed_linear import native_impl, reference, torch_impl
 from antlm_fast.kernels.native.weight_gradient import no_tiles_reason
+from antlm_fast.kernels.tracing import check_dense
 from antlm_fast.kernels.working_copies import may_keep
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -85,6 +86,8 @@ def mixed_linear(
     """
     weights = tuple(weights)
     given = (None,) * len(weights) if biases is None else tuple(biases)
+    for weight, bias in zip(weights, given, strict=False):
+        check_dense(x=x, weights=weight, biases=bias)
     dtype = _compute_dtype(x)
     _check(x, weights, given, dtype)
     keeps = weights[0].dtype != dtype and may_keep(weights)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from antlm_fast.kernels.tracing import first_order
 from antlm_fast.kernels.working_copies import working_copy
 
 # (dy (n, rows), x (n, in_features), dtype, whether the second is wanted) ->
@@ -50,7 +51,7 @@ class _Product(torch.autograd.Function):
         return F.linear(narrow, matrix, vector)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("mixed_linear")
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, matrix = ctx.saved_tensors
         wanted = ctx.needs_input_grad
@@ -86,7 +87,7 @@ def _joined_biases(
         return None
     if len(held) == len(weights):
         return working_copy(held, dtype)
-    joined = torch.zeros(sum(weight.shape[0] for weight in weights), dtype=dtype)
+    joined = weights[0].new_zeros(sum(weight.shape[0] for weight in weights), dtype=dtype)
     parts = joined.split([weight.shape[0] for weight in weights])
     with torch.no_grad():
         for part, bias in zip(parts, biases, strict=True):

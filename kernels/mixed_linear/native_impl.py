@@ -21,5 +21,5 @@ def forward(
 def _gradients(
     dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, wants_sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    sums = torch.empty(dy.shape[1]) if wants_sums else None
+    sums = dy.new_empty(dy.shape[1], dtype=torch.float32) if wants_sums else None
     return weight_gradient(dy, x, dtype=dtype if dtype == torch.float32 else x.dtype, column_sums=sums), sums

@@ -61,8 +61,8 @@ def squared_norm(gradients: Sequence[torch.Tensor], *, kernels: Library | None =
     Determinism: the number of threads does not matter.
     """
     table, blocks = _table([Update(each, each, each, each, None) for each in gradients])
-    partial = torch.empty(blocks, dtype=torch.float64)
-    total = torch.empty(1, dtype=torch.float64)
+    partial = torch.empty(blocks, dtype=torch.float64, device="cpu")
+    total = torch.empty(1, dtype=torch.float64, device="cpu")
     (kernels or library()).call("gradient_squares", table, partial, total, len(gradients))
     return total.item()
 
@@ -80,7 +80,7 @@ def adamw(
     """
     table, _ = _table(updates)
     rows = [(each.kept, each.step, each.beta1, each.beta2, each.eps, each.root) for each in numbers]
-    settings = torch.tensor(rows, dtype=torch.float64)
+    settings = torch.tensor(rows, dtype=torch.float64, device="cpu")
     (kernels or library()).call("adamw", table, settings, len(updates), float(factor))
 
 
@@ -99,9 +99,9 @@ def lamb(
     """
     table, _ = _table(updates)
     rows = [(each.lr, each.weight_decay, each.beta1, each.beta2, each.eps, each.scale, each.trust) for each in numbers]
-    settings = torch.tensor(rows, dtype=torch.float64)
+    settings = torch.tensor(rows, dtype=torch.float64, device="cpu")
     largest = max((_blocks(each.weight) for each in updates), default=0)
-    partial = torch.empty(2 * largest, dtype=torch.float64)
+    partial = torch.empty(2 * largest, dtype=torch.float64, device="cpu")
     (kernels or library()).call("lamb", table, settings, partial, len(updates), float(factor))
 
 
@@ -126,4 +126,4 @@ def _table(updates: Sequence[Update]) -> tuple[torch.Tensor, int]:
             )
         )
         blocks += _blocks(each.weight)
-    return torch.tensor(rows, dtype=torch.int64), blocks
+    return torch.tensor(rows, dtype=torch.int64, device="cpu"), blocks

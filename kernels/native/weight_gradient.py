@@ -45,7 +45,7 @@ def weight_gradient(
     """
     dy, x = _rows_in_one_piece(dy), _rows_in_one_piece(x)
     if out is None:
-        out = torch.empty((dy.shape[1], x.shape[1]), dtype=dtype)
+        out = dy.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
     sizes = (dy.shape[0], dy.shape[1], x.shape[1], dy.stride(0), x.stride(0), out.stride(0))
     (kernels or library()).call("weight_gradient", dy, x, out, column_sums, *sizes, out.dtype == torch.bfloat16, add)
     return out

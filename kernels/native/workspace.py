@@ -29,7 +29,7 @@ class Pool:
         count = int(np.prod(shape, dtype=np.int64))
         size = count * dtype.itemsize
         if size < _LEAST_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         buffer = self._fitting(size)
         start = -buffer.ctypes.data % _ALIGNMENT
         lent = buffer[start : start + size]

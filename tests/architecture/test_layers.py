@@ -153,3 +153,26 @@ def test_the_two_commands_are_in_the_readme_and_ci_runs_the_tests():
     assert "make demo" in readme
     assert "make test" in readme
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+# what makes a tensor out of nothing, and whether torch's default dtype decides where none is named
+FACTORIES = {
+    **dict.fromkeys(
+        ("empty", "zeros", "ones", "full", "rand", "randn", "linspace", "eye", "tensor", "as_tensor"), True
+    ),
+    **dict.fromkeys(("arange", "randint", "randperm"), False),
+}
+
+
+@pytest.mark.parametrize("path", [path for path in python_files() if path.parts[0] == "kernels"], ids=str)
+def test_a_kernels_memory_never_depends_on_torchs_defaults(path):
+    """A buffer of another dtype or device than the code behind a pointer expects is garbage, or a crash."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES):
+            continue
+        if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"):
+            continue
+        named = {keyword.arg for keyword in node.keywords}
+        wanted = {"device", "dtype"} if FACTORIES[node.func.attr] else {"device"}
+        # **options may hold both
+        assert None in named or wanted <= named, f"{path}:{node.lineno}: torch.{node.func.attr} without {wanted}"
