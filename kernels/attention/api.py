@@ -8,7 +8,14 @@ from typing import Any, Literal, overload
 import torch
 
 from antlm_fast.kernels.attention import reference, torch_impl
-from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tensors, options, visibility
+from antlm_fast.kernels.attention.unfelt import clear, unfelt_rows
+from antlm_fast.kernels.attention.validation import (
+    check_cu_seqlens,
+    check_tensors,
+    options,
+    visibility,
+    with_positive_scale,
+)
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
 from antlm_fast.kernels.native import library as native
 from antlm_fast.kernels.tracing import check_call
@@ -140,6 +147,8 @@ def attention(
     g = h // (heads / kv_heads) and
     row_limit(i) = clamp(max(i + 1 + seqlen_k - seqlen_q, prefix_len[b]), 0, seqlen_k):
     a causal mask is aligned to the bottom right. A row that sees no key gives 0.
+    What cannot be seen cannot be felt: a key and value that no query sees, a query that sees nothing and its upstream
+    gradient may hold anything, NaN too. What is seen and not finite may reach all rows of its sequence, and no other's.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim); float16, bfloat16, float32 or float64.
@@ -182,9 +191,22 @@ def attention(
     prefix = visibility(causal, prefix_len, q.shape[0], q.device)
     settings = options(q, softmax_scale, dropout_p, dropout_seed, return_lse)
     chosen = choose("attention", DENSE, impl, _call(q, k, settings))
+    settings["softmax_scale"], (q,) = with_positive_scale(settings["softmax_scale"], q)
+    blind = _blind(q, k, prefix)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = chosen.forward(q, k, v, prefix, **settings)
+        out, lse = chosen.forward(clear(blind, q), k, v, prefix, **settings)
+    out = clear(blind, out)
     return (out, lse) if return_lse else out
+
+
+def _blind(q: torch.Tensor, k: torch.Tensor, prefix_len: int | torch.Tensor) -> torch.Tensor | None:
+    """bool (batch, seqlen_q): the queries of a dense batch that see nothing; None where there are none."""
+    (batch, len_q), len_k = q.shape[:2], k.shape[1]
+    if len_q <= len_k:
+        return None
+    counts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    blind, _ = unfelt_rows(counts * len_q, counts * len_k, prefix_len, None, batch * len_q, batch * len_k)
+    return None if blind is None else blind.view(batch, len_q)
 
 
 @overload
@@ -279,8 +301,12 @@ def attention_varlen(
     prefix = visibility(causal, prefix_len, num_seqs, q.device)
     settings = options(q, softmax_scale, dropout_p, dropout_seed, return_lse)
     chosen = choose("attention_varlen", VARLEN, impl, _call(q, k, settings))
+    settings["softmax_scale"], (q,) = with_positive_scale(settings["softmax_scale"], q)
+    blind, unseen = unfelt_rows(cu_seqlens_q, cu_seqlens_k, prefix, None, q.shape[0], k.shape[0])
+    q, k, v = clear(blind, q), clear(unseen, k), clear(unseen, v)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = chosen.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, prefix, **settings)
+    out = clear(blind, out)
     return (out, lse) if return_lse else out
 
 

@@ -103,7 +103,7 @@ def attend(
     if not return_lse:
         return out, None
     largest, total = sums.detach()
-    return out, largest + total.log()
+    return out, largest * softmax_scale + total.log()
 
 
 def _forward(
@@ -122,7 +122,7 @@ def _forward(
     max_position: int,
     longest: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, (2, heads, total_q): the largest score, the sum of exponentials over it; 0 where no key is seen)."""
+    """(out, (2, heads, total_q): the largest product, the sum of weights relative to it; 0 where no key is seen)."""
     out, sums = _new_forward(q)
     tensors = (q, k, v, q_rel, k_rel, cu_q, cu_k, prefix_len, positions_q, dropout_seed)
     arguments, kept = _arguments(tensors, softmax_scale, dropout_p, max_position, longest)

@@ -77,6 +77,7 @@ def attention_varlen(
         lses.append(torch.logsumexp(scores.detach().to(accumulated), -1).masked_fill(limit <= 0, -torch.inf))
     slack = q[starts_q[-1] :]
     out = torch.cat([*outs, slack.masked_fill(torch.ones_like(slack, dtype=torch.bool), 0.0)])
+    out = out + (k[:0].sum() + v[:0].sum())  # 0: where there are no sequences, gradients are 0 and not missing
     if not return_lse:
         return out, None
     dtype = torch.promote_types(q.dtype, torch.float32)

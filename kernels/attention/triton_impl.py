@@ -106,16 +106,14 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention, for other ops too: `slack` is False where no row lies past the last sequence.
 
-    c2p, p2c, bucket_size, max_position: relative terms of the scores, see triton_tables.relative_terms; they need a
-    softmax_scale of at least 0, and heads that are not grouped.
+    c2p, p2c, bucket_size, max_position: relative terms of the scores, see triton_tables.relative_terms; they need heads
+    that are not grouped. The kernels scale the maximum, not the scores: softmax_scale is above 0.
     """
     if isinstance(prefix_len, int):
         prefix_len = torch.full((1,), prefix_len, dtype=torch.int32, device=q.device).expand(cu_q.numel() - 1)
     else:
         prefix_len = prefix_len.clone()  # a flag may be changed in place before the backward reads it again
     dropout_seed = None if dropout_seed is None else dropout_seed.clone()
-    if softmax_scale < 0:  # the kernels scale the maximum, not the scores, which keeps the order only upwards
-        q, softmax_scale = -q, -softmax_scale
     out, log2_sums = forward_op(
         q, k, v, cu_q, cu_k, prefix_len, dropout_seed, c2p, p2c, bucket_size, max_position, softmax_scale, dropout_p,
         max_q, max_k, slack,

@@ -101,6 +101,8 @@ def options(
     return_lse: bool,
 ) -> dict[str, Any]:
     """The keyword arguments of every implementation; dropout_seed is an int64 tensor () on the device, or None."""
+    if isinstance(softmax_scale, torch.Tensor):
+        raise TypeError("softmax_scale must be a float, which has no gradient; got a tensor (multiply q by it)")
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[-1])
     elif not math.isfinite(softmax_scale):
@@ -113,6 +115,21 @@ def options(
         "dropout_seed": _seed(dropout_seed, q.device) if dropout_p else None,
         "return_lse": return_lse,
     }
+
+
+def with_positive_scale(softmax_scale: float, *queries: torch.Tensor | None) -> tuple[float, list[torch.Tensor | None]]:
+    """A scale above 0, and queries that have the same scores with it: kernels scale the largest product, not each.
+
+    Args:
+        softmax_scale: finite.
+        queries: what each product of the scores has one of: q, and the relative queries if there are any.
+    """
+    if softmax_scale > 0.0:
+        return softmax_scale, list(queries)
+    if softmax_scale < 0.0:
+        return -softmax_scale, [None if x is None else -x for x in queries]
+    # every score is 0, and so is every gradient through it
+    return 1.0, [None if x is None else x * 0.0 for x in queries]
 
 
 def _seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:

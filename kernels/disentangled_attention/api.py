@@ -9,7 +9,14 @@ from typing import Any, Literal, overload
 import torch
 
 from antlm_fast.kernels.attention.api import AttentionCall, native_unsupported_reason, triton_unsupported_reason
-from antlm_fast.kernels.attention.validation import check_cu_seqlens, check_tensors, options, visibility
+from antlm_fast.kernels.attention.unfelt import clear, unfelt_rows
+from antlm_fast.kernels.attention.validation import (
+    check_cu_seqlens,
+    check_tensors,
+    options,
+    visibility,
+    with_positive_scale,
+)
 from antlm_fast.kernels.disentangled_attention import reference, torch_impl
 from antlm_fast.kernels.disentangled_attention.buckets import check_sizes
 from antlm_fast.kernels.dispatch import Implementation, Table, choose
@@ -117,13 +124,15 @@ def disentangled_attention(
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
     counts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    cu_seqlens_q = counts * seqlen_q
+    cu_seqlens_k = cu_seqlens_q if seqlen_k == seqlen_q else counts * seqlen_k
     out, lse = _attend(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
         q_rel,
         k_rel,
-        (counts * seqlen_q, counts * seqlen_k, seqlen_q, seqlen_k),
+        (cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k),
         visibility(causal, prefix_len, batch, q.device),
         None,
         max_position,
@@ -212,6 +221,8 @@ def disentangled_attention_varlen(
     score(i, j) = softmax_scale * (q_i . k_j + q_i . k_rel[b] + k_j . q_rel[b]), b = bucket(pos_i - j) + B - 1
     (`relative_bucket`), and out_i = sum over j < row_limit(i) of softmax_j(score(i, j)) * v_j, with
     row_limit(i) = clamp(max(pos_i + 1, prefix_len), 0, len_k). A row that sees no key gives 0.
+    What cannot be seen cannot be felt: a key and value that no query sees, a query that sees nothing and its upstream
+    gradient may hold anything, NaN too. What is seen and not finite may reach all rows of its sequence, and no other's.
 
     Args:
         q: (total_q, heads, head_dim); float16, bfloat16, float32 or float64.
@@ -303,11 +314,15 @@ def _attend(
     dropout = settings["dropout_seed"] is not None
     call = AttentionCall(q.device.type, q.dtype, q.shape[-1], q.shape[-2], k.shape[-2], dropout, return_lse)
     chosen = choose("disentangled_attention_varlen", VARLEN, impl, call)
+    settings["softmax_scale"], (q, q_rel) = with_positive_scale(settings["softmax_scale"], q, q_rel)
+    cu_q, cu_k = packing[:2]
+    blind, unseen = unfelt_rows(cu_q, cu_k, prefix_len, positions_q, q.shape[0], k.shape[0])
+    q, k, v = clear(blind, q), clear(unseen, k), clear(unseen, v)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = chosen.forward(
             q, k, v, q_rel, k_rel, *packing, prefix_len, positions_q, max_position=max_position, **settings
         )
-    return out, lse if return_lse else None
+    return clear(blind, out), lse if return_lse else None
 
 
 def _check_tables(

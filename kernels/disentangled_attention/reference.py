@@ -58,6 +58,8 @@ def disentangled_attention_varlen(
         lses.append(torch.logsumexp(scores.detach().to(accumulated), -1).masked_fill(limit <= 0, -torch.inf))
     slack = q[cu_seqlens_q[-1] :]
     out = torch.cat([*outs, slack.masked_fill(torch.ones_like(slack, dtype=torch.bool), 0.0)])
+    # 0: where there are no sequences, gradients are 0 and not missing
+    out = out + sum(x[:0].sum() for x in (k, v, q_rel, k_rel) if x is not None)
     if not return_lse:
         return out, None
     slack_lse = torch.full((q.shape[1], slack.shape[0]), -torch.inf, dtype=accumulated, device=q.device)
@@ -80,7 +82,12 @@ def _scores(
     bucket_size = (int(table.shape[0]) + 1) // 2
     row = relative_bucket(distance, bucket_size=bucket_size, max_position=max_position) + bucket_size - 1
     if k_rel is not None:
-        scores = scores + torch.einsum("qhd,qkhd->hqk", q, k_rel[row])
+        scores = scores + torch.einsum("qhd,qkhd->hqk", q, _rows_of(k_rel, row))
     if q_rel is not None:
-        scores = scores + torch.einsum("khd,qkhd->hqk", k, q_rel[row])
+        scores = scores + torch.einsum("khd,qkhd->hqk", k, _rows_of(q_rel, row))
     return scores
+
+
+def _rows_of(table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """table[row], whose gradient is summed in float32 (float64 for float64)."""
+    return table.to(torch.promote_types(table.dtype, torch.float32))[row].to(table.dtype)

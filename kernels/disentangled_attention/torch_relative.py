@@ -308,7 +308,7 @@ def _rows(
     as queries do. The further ones, which let columns be rounded up, are the row of no bucket."""
     key_minus_query = torch.arange(1 - len_q, len_k, device=device)
     first = offset if isinstance(offset, int) else offset[:, None]
-    by_key = table_rows(first - key_minus_query, bucket_size, max_position).view(-1, len_q + len_k - 1)
+    by_key = torch.atleast_2d(table_rows(first - key_minus_query, bucket_size, max_position))
     none = by_key.new_full((by_key.shape[0], _COLUMNS), 2 * bucket_size - 1)
     return torch.cat([by_key, none], 1), torch.cat([by_key.flip(-1), none], 1)
 

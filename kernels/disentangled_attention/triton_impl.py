@@ -45,8 +45,6 @@ def disentangled_attention_varlen(
         places = _places(positions_q, cu_q, cu_k, k.shape[0])
         q = q.new_zeros(k.shape[0] + 1, *q.shape[1:]).index_copy(0, places, q)[:-1]
         cu_q, max_seqlen_q = cu_k, max_seqlen_k
-    if softmax_scale < 0:  # the kernels take none: a product changes its sign with one of its factors
-        q, q_rel, softmax_scale = -q, None if q_rel is None else -q_rel, -softmax_scale
     table = q_rel if k_rel is None else k_rel
     out, lse = attend(
         q,

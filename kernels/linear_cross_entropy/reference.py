@@ -25,8 +25,9 @@ def forward(
     lse = torch.logsumexp(logits, -1)
     inside = targets if counts is None else targets.where(counts, 0)
     target_logits = logits.gather(1, inside[:, None]).squeeze(1)
-    uniform = lse - logits.mean(-1)
-    losses = (1.0 - options.label_smoothing) * (lse - target_logits) + options.label_smoothing * uniform
+    losses = (1.0 - options.label_smoothing) * (lse - target_logits)
+    if options.label_smoothing:  # a class whose logit is -inf costs infinitely much here, and nothing elsewhere
+        losses = losses + options.label_smoothing * (lse - logits.mean(-1))
     losses = losses + options.z_loss * lse.square()
     correct = target_logits >= logits.amax(-1)
     if counts is not None:

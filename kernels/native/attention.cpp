@@ -41,25 +41,23 @@ struct ForwardMemory {
     }
 };
 
-// each lane's largest score
-INLINE void largest_scores(const Attention& call, const std::int32_t* limits, index_t keys, const float* products,
-                           f32x16 (&largest)[2]) {
+// each lane's largest product
+INLINE void largest_products(const std::int32_t* limits, index_t keys, const float* products, f32x16 (&largest)[2]) {
     const index_t all_see = limits[0] / BLOCK * BLOCK;  // limits never decrease: every lane sees these
     for (int half = 0; half < 2; ++half) {
         const i32x16 limit = load_as<i32x16>(limits + half * LANES);
         const float* product = products + half * LANES;
         f32x16 most = splat(-__builtin_inff());
         index_t j = 0;
-        for (; j < all_see; ++j) most = maximum(most, load(product + j * BLOCK) * call.scale);
+        for (; j < all_see; ++j) most = maximum(most, load(product + j * BLOCK));
         for (; j < keys; ++j)
-            most =
-                select(limit > splat_int((std::int32_t)j), maximum(most, load(product + j * BLOCK) * call.scale), most);
+            most = select(limit > splat_int((std::int32_t)j), maximum(most, load(product + j * BLOCK)), most);
         // a lane that sees nothing: its weights are to be 0 and not NaN
         largest[half] = select(most == -__builtin_inff(), f32x16{}, most);
     }
 }
 
-// products -> weights exp(score - largest) in the layout of the product with the values, 0 where a key is not seen or
+// products -> weights exp((product - largest) * scale) in the layout of the product with the values, 0 where a key is not seen or
 // dropped; returns each lane's sum before dropout
 template <class E>
 void exponentials(const Attention& call, const std::int32_t* limits, const std::uint32_t* dropout_rows, index_t head,
@@ -68,12 +66,11 @@ void exponentials(const Attention& call, const std::int32_t* limits, const std::
     const Exponent<E> exponent(call.scale);
     for (int half = 0; half < 2; ++half) {
         const i32x16 limit = load_as<i32x16>(limits + half * LANES);
-        const f32x16 base = exponent.base(largest[half]);
         f32x16 total[4] = {};  // four shorter sums round less than one
         for (index_t j = 0; j < keys; j += 4) {
             f32x16 weight[4];
             for (int n = 0; n < 4; ++n)
-                weight[n] = exponent.weight(load(products + (j + n) * BLOCK + half * LANES), base);
+                weight[n] = exponent.weight(load(products + (j + n) * BLOCK + half * LANES), largest[half]);
             if (j >= all_see)
                 for (int n = 0; n < 4; ++n)
                     weight[n] = select(limit > splat_int((std::int32_t)j + n), weight[n], f32x16{});
@@ -135,7 +132,7 @@ void forward_item(const Attention& call, In* out, float* sums, index_t s, index_
                                       m.scores + j * BLOCK, BLOCK);
         }
         f32x16 largest[2], sum[2], factor[2];
-        largest_scores(call, m.limits + i, keys, m.scores, largest);
+        largest_products(m.limits + i, keys, m.scores, largest);
         exponentials<E>(call, m.limits + i, m.dropout_rows + i, head, keys, m.scores, largest, m.weights, sum);
         product<E>(size.depth, BLOCK, keys / E::PER_WORD, m.v_columns, m.key_pitch, m.weights, BLOCK, m.out_columns,
                    BLOCK, false);

@@ -82,7 +82,8 @@ INLINE void place_queries(const Attention& call, const Sequence& seq, std::int32
     }
 }
 
-// ---- weights: exp(product * scale - base), base a lane's largest score, or the log of its denominator
+// ---- weights: exp((product - largest) * scale), scale above 0: the largest product's is 1 however large it is, where
+// a difference of scores, rounded apart, may be any number
 
 template <class E>
 class Exponent;
@@ -90,21 +91,28 @@ class Exponent;
 template <>
 class Exponent<Float> {
   public:
-    explicit Exponent(float scale) : scale_(splat(scale)) {}
-    f32x16 base(f32x16 largest) const { return largest; }
-    f32x16 weight(f32x16 product, f32x16 base) const { return exp(fma(product, scale_, -base)); }
+    explicit Exponent(float scale) : scale_(splat(scale * LOG2E)) {}
+    f32x16 weight(f32x16 product, f32x16 largest) const { return exp2((product - largest) * scale_); }
+    // over the sum of a lane's weights, of which the factor is made
+    static float factor(float sum) { return 1.0f / sum; }
+    f32x16 probability(f32x16 product, f32x16 largest, f32x16 factor) const {
+        return weight(product, largest) * factor;
+    }
 
   private:
     f32x16 scale_;
 };
 
-// in powers of 2 from the start; what is rounded to 8 bits needs no more (the polynomial's error is 2.9e-6)
+// what is rounded to 8 bits needs no more (the polynomial's error is 2.9e-6)
 template <>
 class Exponent<Bf16> {
   public:
     explicit Exponent(float scale) : scale_(splat(scale * LOG2E)) {}
-    f32x16 base(f32x16 largest) const { return largest * LOG2E; }
-    f32x16 weight(f32x16 product, f32x16 base) const { return exp2_coarse(fma(product, scale_, -base)); }
+    f32x16 weight(f32x16 product, f32x16 largest) const { return exp2_coarse((product - largest) * scale_); }
+    static float factor(float sum) { return log_of(sum) * LOG2E; }
+    f32x16 probability(f32x16 product, f32x16 largest, f32x16 factor) const {
+        return exp2_coarse(fma(product - largest, scale_, -factor));
+    }
 
   private:
     f32x16 scale_;

@@ -12,8 +12,7 @@ namespace {
 struct Backward {
     Strided d_out;
     const void* out;  // (total_q, heads, head_dim)
-    const float*
-        sums;  // (2, heads, total_q): the largest score and the sum of exponentials over it; 0: nothing is seen
+    const float* sums;  // (2, heads, total_q): the largest product and the sum of weights; 0: nothing is seen
     void *d_q, *d_k, *d_v;
     float *d_q_rel, *d_k_rel;  // (groups, heads, table_rows, head_dim): partial sums over a group's sequences
     index_t groups;
@@ -28,7 +27,7 @@ struct BackwardMemory {
     word *space, *k_rows, *k_pairs, *k_columns, *v_rows;
     word *q_rows, *q_columns, *q_pairs, *d_out_rows, *d_out_columns, *d_out_pairs;
     word *weights, *d_scores, *d_score_pairs;
-    float *scores_block, *d_weights_block, *d_q_columns, *d_k, *d_v, *bases, *factors, *deltas;
+    float *scores_block, *d_weights_block, *d_q_columns, *d_k, *d_v, *largest, *factors, *deltas;
     std::int32_t *places, *limits;
     std::uint32_t* dropout_rows;
     // relative terms
@@ -67,7 +66,7 @@ struct BackwardMemory {
         d_q_columns = carver.take<float>(size.depth * query_pitch);
         d_k = carver.take<float>(padded_k * size.depth);
         d_v = carver.take<float>(padded_k * size.depth);
-        bases = carver.take<float>(padded_q);
+        largest = carver.take<float>(padded_q);
         factors = carver.take<float>(padded_q);
         deltas = carver.take<float>(padded_q);
         places = carver.take<std::int32_t>(padded_q);
@@ -102,13 +101,12 @@ void gradient_block(const Attention& call, const BackwardMemory<E>& m, index_t h
         f32x16 weight[4][2], d_score[4][2];
         for (int half = 0; half < 2; ++half) {
             const index_t lanes = q + half * LANES;
-            const f32x16 base = load(m.bases + lanes), factor = load(m.factors + lanes), delta = load(m.deltas + lanes);
+            const f32x16 largest = load(m.largest + lanes), factor = load(m.factors + lanes), delta = load(m.deltas + lanes);
             i32x16 kept[4];
             if (call.drops) keep_masks(call, (first_key + j) / 4, m.dropout_rows + lanes, head, kept);
             for (int n = 0; n < 4; ++n) {
                 const index_t at = (j + n) * ld + half * LANES;
-                f32x16 w = exponent.weight(load(products + at), base);
-                if (E::PER_WORD == 1) w *= factor;
+                f32x16 w = exponent.probability(load(products + at), largest, factor);
                 f32x16 d_w = load(d_weights + at);
                 if (masked) {
                     i32x16 sees = load_as<i32x16>(m.limits + lanes) > splat_int((std::int32_t)(first_key + j + n));
@@ -223,17 +221,15 @@ void prepare_queries(const Attention& call, const Backward& back, const Sizes<E>
     pack_rows<E>(d_out, back.d_out.row, seq.len_q, call.head_dim, m.d_out_rows, seq.padded_q, size.depth_words);
     transpose_words(m.d_out_rows, size.depth_words, seq.padded_q, size.depth_words, m.d_out_columns, m.query_pitch);
     pairs_of_rows<E>(m.d_out_rows, seq.padded_q, size.depth, m.d_out_pairs);
-    const Exponent<E> exponent(call.scale);
     for (index_t i = 0; i < seq.padded_q; ++i) {
-        m.bases[i] = __builtin_inff();  // padding, and rows that see nothing: weights of 0
+        m.largest[i] = __builtin_inff();  // padding, and rows that see nothing: weights of 0
         m.factors[i] = m.deltas[i] = 0.0f;
         if (i >= seq.len_q) continue;
         const float largest = back.sums[head * call.total_q + seq.first_q + i];
         const float sum = back.sums[(call.heads + head) * call.total_q + seq.first_q + i];
         if (sum != 0.0f) {
-            // floats: the weights' sum is divided by; bfloat16: its logarithm is a part of the base
-            m.bases[i] = exponent.base(splat(E::PER_WORD == 1 ? largest : largest + log_of(sum)))[0];
-            m.factors[i] = 1.0f / sum;
+            m.largest[i] = largest;
+            m.factors[i] = Exponent<E>::factor(sum);
         }
         f32x16 products{};
         for (index_t d = 0; d < call.head_dim; d += LANES) {

@@ -39,6 +39,11 @@ CU = torch.tensor([0, 2, 3], dtype=torch.int32)
         ),
         ({"causal": None, "prefix_len": CU[0]}, ValueError, "prefix_len must have shape (2,); got ()"),
         ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite; got nan"),
+        (
+            {"softmax_scale": torch.nn.Parameter(torch.tensor(0.3))},
+            TypeError,
+            "softmax_scale must be a float, which has no gradient; got a tensor (multiply q by it)",
+        ),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1; got 1.0"),
         ({"dropout_p": 0.1, "dropout_seed": 2**63}, ValueError, f"dropout_seed must fit 64 bits; got {2**63}"),
         (

@@ -264,3 +264,78 @@ def test_the_device_plan_gives_each_row_its_slot() -> None:
     limits = plan.blocks[0].limits
     assert limits is not None
     assert limits.tolist() == [[1, 2, 3, 0], [0, 0, 0, 0], [1, 2, 0, 0]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive_gives_no_nan(impl: str, scale: float, causal: bool) -> None:
+    """torch's fused attention gives NaN, or keys that are not seen, for such a scale and a causal mask."""
+    q, k, v = (x[None] for x in _inputs(20))
+    scores = scale * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double())
+    if causal:
+        scores = scores.masked_fill(torch.ones(20, 20, dtype=torch.bool).triu(1), -torch.inf)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    expected_lse = scores.logsumexp(-1).float()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        out = attention(*inputs, causal=causal, softmax_scale=scale, impl=impl)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+        out, lse = attention(*inputs, causal=causal, softmax_scale=scale, return_lse=True, impl=impl)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=tolerance)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*leaves, causal=causal, softmax_scale=scale, impl=impl)
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        assert all(torch.isfinite(x).all() for x in gradients)
+        if scale == 0.0:
+            assert not gradients[0].any()
+            assert not gradients[1].any()
+
+
+def test_the_largest_score_has_weight_1_however_large_it_is(impl: str) -> None:
+    """The difference of two scores near 1e10, each rounded apart, may be hundreds: exp of it is inf, or all are 0."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(1, 17, 1, 64).to(dtype) for _ in range(3))
+        leaves = [x.requires_grad_() for x in (q * 1e11, k, v)]
+        out, lse = attention(*leaves, causal=True, softmax_scale=0.3, return_lse=True, impl=impl)
+        products = torch.einsum("bqhd,bkhd->bhqk", leaves[0].double(), leaves[1].double())
+        best = products.masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), -torch.inf).max(-1)
+        expected = v[0, best.indices[0, 0], 0]  # scores are so far apart that the largest alone counts
+        torch.testing.assert_close(out[0, :, 0], expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.double(), 0.3 * best.values, rtol=2e-2, atol=0)
+        if impl != "triton":  # whose backward has the sums' logarithm alone, as flash-attention's
+            assert all(torch.isfinite(x).all() for x in torch.autograd.grad(out.float().sum(), leaves))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_seen_is_not_felt(impl: str, bad: float) -> None:
+    """Queries that see nothing, keys that nobody sees: results and gradients are as if they held 0."""
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ((0, 5, 5, 8), (0, 3, 7, 10)))
+    torch.manual_seed(3)
+    tensors = [torch.randn(9, 2, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)]
+    felt_q, felt_k = torch.ones(9, dtype=torch.bool), torch.ones(12, dtype=torch.bool)
+    felt_q[[0, 1, 8]] = False  # more queries than keys, and a slack row
+    felt_k[[3, 4, 5, 6, 10, 11]] = False  # keys without queries, and slack rows
+    felt = [felt_q, felt_k, felt_k]
+    results = []
+    for other in (0.0, bad):
+        leaves = [x.where(rows[:, None, None], other).requires_grad_() for x, rows in zip(tensors, felt, strict=True)]
+        out = attention_varlen(*leaves, starts_q, starts_k, 5, 4, causal=True, impl=impl)
+        upstream = torch.ones_like(out).where(felt_q[:, None, None], other)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    for expected, actual, rows in zip(*results, [felt_q, *felt], strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert not actual[~rows].any()
+    q = tensors[0][None, :5].where(felt_q[:5, None, None], bad)
+    out = attention(q, tensors[1][None, :3], tensors[2][None, :3], causal=True, impl=impl)
+    torch.testing.assert_close(out[0], results[0][0][:5])
+
+
+def test_no_sequences_give_gradients_of_0_and_not_none(impl: str) -> None:
+    leaves = [torch.randn(3, 2, 8, requires_grad=True) for _ in range(3)]
+    none = torch.zeros(1, dtype=torch.int32)
+    out = attention_varlen(*leaves, none, none, 0, 0, causal=True, impl=impl)
+    assert not out.any()
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.equal(gradient, torch.zeros(3, 2, 8))

@@ -261,6 +261,57 @@ def test_memory_is_linear_in_the_length(relative_impl: str, causal: bool) -> Non
     assert found[1] <= 2.2 * found[0]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_seen_is_not_felt(relative_impl: str, bad: float) -> None:
+    """Keys beyond what the queries of some rows see, and those of a sequence without queries."""
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ((0, 2, 2, 3), (0, 5, 8, 12)))
+    options: dict[str, Any] = {
+        "positions_q": torch.tensor([0, 2, 0], dtype=torch.int32),
+        "prefix_len": torch.tensor([0, 9, 3], dtype=torch.int32),
+        "max_position": 5,
+        "impl": relative_impl,
+    }
+    torch.manual_seed(3)
+    q, k, v, *tables = (torch.randn(n, 2, 8) for n in (3, 12, 12, 5, 5))
+    felt = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0], dtype=torch.bool)
+    results = []
+    for other in (0.0, bad):
+        hidden = [x.where(felt[:, None, None], other) for x in (k, v)]
+        leaves = [x.detach().requires_grad_() for x in (q, *hidden, *tables)]
+        out = disentangled_attention_varlen(*leaves, starts_q, starts_k, 2, 5, **options)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert not results[1][2][~felt].any()
+    assert not results[1][3][~felt].any()
+
+
+def test_a_sequence_of_one_key_and_no_query(relative_impl: str) -> None:
+    torch.manual_seed(0)
+    q, k, v, *tables = (torch.randn(n, 2, 8, requires_grad=True) for n in (2, 3, 3, 5, 5))
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ((0, 2, 2), (0, 2, 3)))
+    options: dict[str, Any] = {"max_position": 5, "causal": True, "impl": relative_impl}
+    out = disentangled_attention_varlen(q, k, v, *tables, starts_q, starts_k, 2, 2, **options)
+    alone = disentangled_attention_varlen(q, k[:2], v[:2], *tables, starts_q[:2], starts_k[:2], 2, 2, **options)
+    torch.testing.assert_close(out, alone)
+    gradients = torch.autograd.grad(out.sum(), (k, v))
+    assert not any(x[2].any() for x in gradients)
+    assert all(x[:2].any() for x in gradients)
+
+
+def test_the_reference_sums_a_tables_gradient_in_float32() -> None:
+    """600 queries and 600 keys share the outermost rows; summed in bfloat16 they would stop growing."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(n, 1, 4).bfloat16() for n in (600, 600, 600, 3, 3)]
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = disentangled_attention_varlen(*leaves, *_packed((600,)), max_position=4, causal=True, impl="reference")
+        gradients.append(torch.autograd.grad((out * out.detach()).sum(), leaves[3:]))
+    for exact, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=0.04 * exact.abs().max().item())
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "heads": ({"k": torch.zeros(12, 1, 8), "v": torch.zeros(12, 1, 8)}, ValueError, "k must have q's 2 heads; got 1"),
     "even table": (

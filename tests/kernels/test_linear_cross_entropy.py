@@ -427,3 +427,18 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0,
 def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         linear_cross_entropy(**{"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **change})
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_class_that_a_bias_of_minus_infinity_rules_out(impl: str, reduction: str) -> None:
+    """It has no probability, and the others are as if it were not there; as a target it costs infinitely much."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
+    kept = torch.tensor([0, 1, 3, 4, 5])
+    bias[2] = -torch.inf
+    targets = torch.tensor([0, 1, 3, 5])
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, impl=impl)
+    alone = cross_entropy(hidden @ weight[kept].T + bias[kept], torch.tensor([0, 1, 2, 4]), reduction=reduction)
+    torch.testing.assert_close(loss, alone)
+    ruled_out = linear_cross_entropy(hidden[:1], weight, torch.tensor([2]), bias=bias, reduction=reduction, impl=impl)
+    assert ruled_out.max().item() == float("inf")
