@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from antlm_fast.data.rows import MODES
-from antlm_fast.data.text_files import UNITS, ending, find_files, read_documents
+from antlm_fast.data.text_files import LONGEST_DOCUMENT_CHARS, TEXT_FIELD, UNITS, cut, ending, read_documents
+from antlm_fast.data.text_folders import NoText, find_files, what_is_not_read
 from antlm_fast.types import InputError
 
 SPLITS = ("train", "validation")
 BUILTIN = "builtin"
 HUGGING_FACE = "hf:"
+# Counts the changes in how files become documents and ids: what was prepared another way must not be taken.
+READING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +28,14 @@ class DataConfig:
 
     Args:
         train: a text file (.txt, BabyLM's .train/.dev, .jsonl, each also .gz), a folder of them, "builtin", or
-            "hf:NAME[:CONFIG][:SPLIT]" for a Hugging Face dataset. None: still to be given.
+            "hf:NAME[:CONFIG][:SPLIT]" for a Hugging Face dataset. None: still to be given. A file named here may
+            have any other ending: .json and .ndjson are JSONL, .csv and markup are refused, the rest is plain text.
         validation: the same for validation; None takes the folder's *.dev files where `train` is a folder that has
             both, else holds out `validation_share` of the training documents.
         validation_share: share of the documents held out, 0 (none) to 0.5; which ones depends on their place alone.
         documents: what a document is in plain text: "line", "paragraph", "file", or "auto" (line for BabyLM's files,
-            paragraph for other text). An object of a .jsonl file is always one.
+            paragraph for other text). An object of a .jsonl file is always one. Whatever has more than 262,144
+            characters is cut at blanks.
         text_field: where a JSON object or a dataset's row has its text.
         row_mode: "stream" or "packed"; see `antlm_fast.data.rows.Rows`.
         row_tokens: tokens in a row; batch.length_ramp makes later rows longer.
@@ -95,36 +101,50 @@ class Source:
     builtin_seed: int = 0
     builtin_words: int = 0
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, note: Callable[[str], None] | None = None) -> Iterator[str]:
         """The documents, streaming.
+
+        Args:
+            note: is given, at the end, a sentence for each kind of thing that was left out or cut; not for documents
+                held out of others, where it would be said twice.
 
         Raises:
             InputError: a file cannot be read as text, or this split has no document.
         """
         numerator, denominator = Fraction(self.config.validation_share).limit_denominator(1_000_000).as_integer_ratio()
         seen = given = 0
-        for document in self._all_documents():
+        notes: list[str] = []
+        has_lines = False
+        for document in self._all_documents(notes):
             held = self.held_out is not None and is_held_out(seen, numerator, denominator)
             seen += 1
+            has_lines = has_lines or "\n" in document
             if self.held_out is None or held == (self.held_out == "held"):
                 given += 1
                 yield document
         if not given and seen:
+            ways = ["name a text for it (data.validation)"]
+            if seen > 1:
+                ways.append(f"hold out more (data.validation_share={math.ceil(100 / seen) / 100:g})")
+            if has_lines and self.config.documents != "line":
+                ways.append("make documents smaller (data.documents=line)")
             raise InputError(
-                f"validation_share must leave a document for training and one for validation; got "
-                f"{self.config.validation_share} of {seen} documents in {self.name}; name a validation file, or make "
-                f"documents smaller (documents=line)"
+                f"data.validation_share must leave a document for training and one for validation; got "
+                f"{self.config.validation_share} of {seen} documents in {self.name}; {', or '.join(ways)}"
             )
         if not given:
             raise InputError(f"corpus must hold at least one document; got none in {self.name}")
+        if note is not None and self.held_out != "held":
+            for sentence in notes:
+                note(sentence)
 
     def contents(self) -> dict[str, Any]:
         """What the documents follow from, for a fingerprint: every byte of the files, and how they are read.
 
-        Of a dataset it is the name alone: what lies behind the name is not looked at.
+        Of a file's name only the ending counts, of a dataset only the name: what lies behind it is not looked at.
         """
         share = self.config.validation_share if self.held_out else None
-        how = {"documents": self.config.documents, "held_out": self.held_out, "share": share}
+        how = {"reading": READING, "documents": self.config.documents, "held_out": self.held_out, "share": share}
         if self.name == BUILTIN:
             # the grammar is code: another version of it writes another corpus
             code = hashlib.sha256()
@@ -134,27 +154,50 @@ class Source:
         if self.name.startswith(HUGGING_FACE):
             return how | {"dataset": self.name, "field": self.config.text_field}
         hashes = []
-        root = Path(self.name).expanduser()
         for path in self.files:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            hashes.append([path.name if path == root else path.relative_to(root).as_posix(), digest])
+            hashes.append([ending(path), digest])
         return how | {"files": hashes, "field": self.config.text_field}
+
+    def what_is_not_read(self) -> str:
+        """The kinds of files that a folder has and that are no text, in words; "" where there are none."""
+        folder = _path(self.name)
+        return what_is_not_read(folder) if self.files and folder.is_dir() else ""
 
     def __str__(self) -> str:
         parts = {None: "", "kept": ", without the held-out documents", "held": ", the held-out documents"}
         count = f" ({len(self.files)} files)" if len(self.files) > 1 else ""
         return f"{self.name}{count}{parts[self.held_out]}"
 
-    def _all_documents(self) -> Iterator[str]:
+    def _all_documents(self, notes: list[str]) -> Iterator[str]:
         if self.name == BUILTIN:
             from antlm_fast.data.builtin.corpus import documents as builtin_documents
 
             yield from builtin_documents(self.builtin_words, seed=self.builtin_seed)
-        elif self.name.startswith(HUGGING_FACE):
-            yield from _dataset_documents(self.name, self.config.text_field)
-        for path in self.files:
-            yield from read_documents(path, unit=self.config.documents, text_field=self.config.text_field)
+            return
+        streams: list[tuple[str, Iterator[str]]] = [
+            (str(path), read_documents(path, unit=self.config.documents, text_field=self.config.text_field))
+            for path in self.files
+        ]
+        if self.name.startswith(HUGGING_FACE):
+            streams = [(self.name, _dataset_documents(self.name, self.config.text_field))]
+        empty, num_cut = [], 0
+        for place, texts in streams:
+            found = False
+            for text in texts:
+                found = True
+                num_cut += len(text) > LONGEST_DOCUMENT_CHARS
+                yield from cut(text)
+            if not found:
+                empty.append(place)
+        if empty and len(self.files) == 1:
+            raise InputError(f"corpus file must hold text; got {empty[0]}, which is empty")
+        if empty:
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            notes.append(f"left out because they are empty: {', '.join(empty[:5])}{more}")
+        if num_cut:
+            notes.append(f"documents of more than {LONGEST_DOCUMENT_CHARS:,} characters, cut at blanks: {num_cut}")
 
 
 def documents(config: DataConfig, split: str) -> Iterator[str]:
@@ -183,14 +226,16 @@ def open_source(config: DataConfig, split: str) -> Source:
     source = _find(config.train, config, validation=False, seed=0, words=config.builtin_words)
     if config.validation is not None:
         return source
-    root = Path(config.train).expanduser()
+    root = _path(config.train)
     if source.files and root.is_dir() and ending(source.files[0]) != ".dev":
         development = find_files(root, validation=True)
         if ending(development[0]) == ".dev":
             return _replace_files(source, development) if validation else source
     if config.validation_share == 0:
         if validation:
-            raise InputError(f"validation must be given or validation_share above 0; got neither for {config.train}")
+            raise InputError(
+                f"data.validation must be given or data.validation_share above 0; got neither for {config.train}"
+            )
         return source
     return Source(
         name=source.name,
@@ -200,6 +245,12 @@ def open_source(config: DataConfig, split: str) -> Source:
         builtin_seed=source.builtin_seed,
         builtin_words=source.builtin_words,
     )
+
+
+def check_splits(config: DataConfig) -> None:
+    """Raises InputError where training or validation has no document; no more than the first ones are read."""
+    for split in SPLITS:
+        next(open_source(config, split).documents())
 
 
 def is_held_out(index: int, numerator: int, denominator: int) -> bool:
@@ -222,15 +273,21 @@ def _find(name: str, config: DataConfig, *, validation: bool, seed: int, words: 
         return Source(name=name, config=config, builtin_seed=seed, builtin_words=words)
     if name.startswith(HUGGING_FACE):
         return Source(name=name, config=config)
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_dir():
         return Source(name=name, config=config, files=tuple(find_files(path, validation=validation)))
     if not path.is_file():
-        argument = "validation" if validation else "train"
         # a pipe can be read only once, and the fingerprint reads the text too
-        state = "is not a regular file" if path.exists() else "does not exist"
-        raise InputError(f"{argument} must be a file, a folder, {BUILTIN!r} or 'hf:NAME'; got {name}, which {state}")
+        kind, state = (InputError, "is not a regular file") if path.exists() else (NoText, "does not exist")
+        raise kind(f"corpus must be a file, a folder, {BUILTIN!r} or 'hf:NAME'; got {name}, which {state}")
     return Source(name=name, config=config, files=(path,))
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # "~name", and there is no such user: it may be a folder that is called so
+        return Path(name)
 
 
 def _replace_files(source: Source, files: list[Path]) -> Source:
@@ -255,7 +312,7 @@ def _dataset_documents(name: str, text_field: str) -> Iterator[str]:
         text = row.get(text_field)
         if not isinstance(text, str):
             fields = ", ".join(sorted(row))
-            raise InputError(f"text_field must name a text; got {text_field!r} for {name}, row {number}: {fields}")
+            raise InputError(f"{TEXT_FIELD} must name a text; got {text_field!r} for {name}, row {number}: {fields}")
         if text and not text.isspace():
             yield text
 

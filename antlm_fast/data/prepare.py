@@ -13,8 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from antlm_fast.data.corpus import DataConfig, Source, open_source
+from antlm_fast.data.text_folders import NoText
 from antlm_fast.data.token_store import FORMAT_VERSION, TokenStore, partial_prefix
 from antlm_fast.data.tokenizer import Tokenizer
+from antlm_fast.types import InputError
 
 _DOCUMENTS_PER_BATCH = 2000
 _CHARS_PER_BATCH = 1 << 20
@@ -22,33 +24,63 @@ _CHARS_PER_BATCH = 1 << 20
 _STALE_SECONDS = 24 * 3600.0
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer, split: str, *, cache_dir: str | Path | None = None) -> TokenStore:
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    split: str,
+    *,
+    cache_dir: str | Path | None = None,
+    fingerprint: str | None = None,
+) -> TokenStore:
     """The token store of a split ("train" or "validation"); tokenized only if the cache does not have it.
 
     The cache folder's name follows from the text (every byte of the files), how it is read, and the tokenizer.
 
     Args:
         cache_dir: before `config.cache_dir`, which is before the user's cache folder.
+        fingerprint: the one that the text must have, of a run that is resumed. Text that is no longer there is then
+            no error if the cache has its store.
 
     Raises:
-        InputError: the corpus cannot be read, or the cached store is damaged.
+        InputError: the corpus cannot be read or has another fingerprint, or the cached store is damaged.
         OSError: the cache cannot be written; names the path.
     """
-    source = open_source(config, split)
-    fingerprint = corpus_fingerprint(source, tokenizer)
     root = Path(cache_dir or config.cache_dir or default_cache_dir()).expanduser()
-    folder = root / f"{split}-{fingerprint[:24]}"
+    try:
+        source = open_source(config, split)
+    except NoText as error:
+        if fingerprint is None:
+            raise
+        return _without_text(root / f"{split}-{fingerprint[:24]}", split, error)
+    found = corpus_fingerprint(source, tokenizer)
+    if fingerprint not in (None, found):
+        raise InputError(
+            f"data must be what the run began with; got other {split} text in {source}: fingerprint {found[:12]} "
+            f"instead of {str(fingerprint)[:12]}"
+        )
+    folder = root / f"{split}-{found[:24]}"
     if folder.exists():
         return TokenStore.open(folder)
+    if (split == "train" or config.validation is not None) and (others := source.what_is_not_read()):
+        print(f"note: not read in {source.name}: {others}", file=sys.stderr)
     _remove_stale(folder)
     return TokenStore.write(
         _encoded(source, tokenizer, split),
         folder,
         vocab_size=tokenizer.vocab_size,
-        fingerprint=fingerprint,
+        fingerprint=found,
         tokenizer_fingerprint=tokenizer.fingerprint,
         source=str(source),
     )
+
+
+def _without_text(folder: Path, split: str, error: NoText) -> TokenStore:
+    """The store of a text that was moved or deleted since."""
+    if not folder.exists():
+        option = "--data PATH" if split == "train" else "--data PATH, or --set data.validation=PATH"
+        raise InputError(f"{error}; what was prepared from it is not in {folder.parent} either: give {option}")
+    print(f"note: {error}; what was prepared from it is in {folder.parent} and is taken", file=sys.stderr)
+    return TokenStore.open(folder)
 
 
 def corpus_fingerprint(source: Source, tokenizer: Tokenizer) -> str:
@@ -80,6 +112,8 @@ def _encoded(source: Source, tokenizer: Tokenizer, split: str) -> Iterator[Seque
     """The ids of each document; says on stderr what is going on: a bar on a terminal, else a line at each end."""
     started = time.perf_counter()
     num_tokens = num_documents = 0
+    notes: list[str] = []
+    end = tokenizer.document_end
     bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -88,8 +122,10 @@ def _encoded(source: Source, tokenizer: Tokenizer, split: str) -> Iterator[Seque
     else:
         print(f"preparing {split} data: {source}", file=sys.stderr)
     try:
-        for batch in _batches(source.documents()):
+        for batch in _batches(source.documents(notes.append)):
             encoded = tokenizer.encode_batch(batch)
+            if end:
+                encoded = [ids + end if ids else ids for ids in encoded]
             num_documents += len(batch)
             for ids in encoded:
                 num_tokens += len(ids)
@@ -99,9 +135,13 @@ def _encoded(source: Source, tokenizer: Tokenizer, split: str) -> Iterator[Seque
     finally:
         if bar is not None:
             bar.close()
+    if not end and not tokenizer.encode(""):
+        notes.append("the tokenizer has no template and no end token, so documents run together")
     seconds = time.perf_counter() - started
     counts = f"{num_documents:,} documents, {num_tokens:,} tokens, {seconds:.1f} s"
     print(f"prepared {split} data: {counts}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _remove_stale(folder: Path) -> None:

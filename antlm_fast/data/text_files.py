@@ -2,79 +2,71 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from antlm_fast.types import InputError
+from antlm_fast.user_text import read_lines
 
 UNITS = ("auto", "line", "paragraph", "file")
 ENDINGS = (".txt", ".train", ".dev", ".jsonl")
 # A paragraph that grows past this ends at its next line: files without one blank line exist, and so do large ones.
 LONGEST_PARAGRAPH_CHARS = 8192
+# Longer documents are cut, since a tokenizer takes 200 bytes of memory for each character of one text.
+LONGEST_DOCUMENT_CHARS = 1 << 18
+TEXT_FIELD = "data.text_field (--text-field of eval)"
 _BABYLM_ENDINGS = (".train", ".dev", ".test")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_JSON_LINES_ENDINGS = (".jsonl", ".ndjson", ".json")
+# Decoded without an error, and yet no text: commas and tags would be trained on.
+_OTHER_FORMS = (".csv", ".tsv", ".xml", ".html", ".htm", ".ipynb", ".rtf")
 
 
 def ending(path: Path) -> str:
-    """The ending that tells what a file is, ".gz" left aside."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def find_files(folder: Path, *, validation: bool) -> list[Path]:
-    """The files of a folder and the folders in it that are read, sorted by name.
-
-    BabyLM's names decide: *.test never, *.dev for validation (for training only where there is nothing else), the
-    other endings for training (for validation only where there is no *.dev). Hidden files are left out.
-
-    Raises:
-        InputError: there is none.
-    """
-    paths = [
-        Path(parent) / name
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if not name.startswith(".") and ending(Path(name)) in ENDINGS
-    ]
-    paths.sort(key=lambda path: path.relative_to(folder).as_posix())
-    if not paths:
-        raise InputError(
-            f"corpus folder must hold files that end in {', '.join(ENDINGS)} (or these with .gz); "
-            f"got {folder}, which has none"
-        )
-    development = [path for path in paths if ending(path) == ".dev"]
-    others = [path for path in paths if ending(path) != ".dev"]
-    return (development or others) if validation else (others or development)
+    """The ending that tells what a file is, in small letters, ".gz" left aside."""
+    return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
 def read_documents(path: Path, *, unit: str, text_field: str) -> Iterator[str]:
     """The documents of one file, in order; line endings become "\\n", blank documents are left out.
 
     Args:
-        path: its ending decides the form: .jsonl is one object a line (always one document each), everything else is
-            plain text.
+        path: its ending decides the form: .jsonl (or .ndjson, .json) is one object a line (always one document each),
+            everything else is plain text.
         unit: "line", "paragraph" (between blank lines; its line breaks are kept), "file" (held whole), or "auto":
             "line" for BabyLM's endings, "paragraph" for other plain text.
         text_field: where a JSON object has its text.
 
     Raises:
-        InputError: nothing is in it, it is not UTF-8, a JSON line is wrong, or its gzip data ends too early.
+        InputError: it is not UTF-8, a JSON line is wrong, its gzip data ends too early, or its ending says that it is
+            neither plain text nor JSONL.
     """
-    empty = True
+    if ending(path) in _OTHER_FORMS:
+        raise InputError(f"corpus file must be plain text or JSONL (one object a line); got {path}")
     for document in _read_any(path, unit=unit, text_field=text_field):
         if document and not document.isspace():
-            empty = False
             yield document
-    if empty:
-        raise InputError(f"corpus file must hold text; got {path}, which is empty")
+
+
+def cut(document: str) -> Iterator[str]:
+    """The document in parts of at most LONGEST_DOCUMENT_CHARS, each ended at its last blank, if it has one."""
+    if len(document) <= LONGEST_DOCUMENT_CHARS:
+        yield document
+        return
+    start = 0
+    while len(document) - start > LONGEST_DOCUMENT_CHARS:
+        end = start + LONGEST_DOCUMENT_CHARS
+        blank = max(document.rfind(sign, start + 1, end) for sign in " \n")
+        end = end if blank < 0 else blank
+        if part := document[start:end].strip():
+            yield part
+        start = end
+    if part := document[start:].strip():
+        yield part
 
 
 def _read_any(path: Path, *, unit: str, text_field: str) -> Iterator[str]:
-    if ending(path) == ".jsonl":
+    if ending(path) in _JSON_LINES_ENDINGS:
         return _json_texts(path, text_field)
     if unit == "auto":
         unit = "line" if ending(path) in _BABYLM_ENDINGS else "paragraph"
@@ -114,10 +106,12 @@ def _json_texts(path: Path, text_field: str) -> Iterator[str]:
             raise InputError(f"corpus file must hold one JSON object a line; got {place}: a {type(item).__name__}")
         if text_field not in item:
             fields = ", ".join(sorted(item)[:8]) or "no field at all"
-            raise InputError(f"text_field must name a field of every object; got {text_field!r} for {place}: {fields}")
+            raise InputError(
+                f"{TEXT_FIELD} must name a field of every object; got {text_field!r} for {place}: {fields}"
+            )
         text = item[text_field]
         if not isinstance(text, str):
-            raise InputError(f"text_field must name a text; got {text_field!r} for {place}: a {type(text).__name__}")
+            raise InputError(f"{TEXT_FIELD} must name a text; got {text_field!r} for {place}: a {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
@@ -126,26 +120,4 @@ def _json_texts(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The decoded lines, without their ends."""
-    with _open(path) as file:
-        offset = 0
-        try:
-            for raw in file:
-                line = raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
-                text = line.decode("utf-8")
-                yield text.removesuffix("\n").removesuffix("\r")
-                offset += len(raw)
-        except UnicodeDecodeError as error:
-            at = offset + len(raw) - len(line) + error.start
-            value = line[error.start]
-            raise InputError(f"corpus file must be UTF-8; got {path}, byte {at} is 0x{value:02x}") from error
-        except EOFError as error:
-            raise InputError(f"corpus file must be whole; got {path}, whose gzip data ends too early") from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"corpus file must be gzip data; got {path}: {error}") from error
-
-
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return path.open("rb")
+    return read_lines(path, "corpus file")

@@ -22,6 +22,7 @@ from antlm_fast.data.tokenizer_training import (
     train_word_piece,
 )
 from antlm_fast.types import InputError, Vocabulary
+from antlm_fast.user_text import read_text
 
 KINDS = ("byte_level_bpe", "word_piece")
 # Every byte is in the vocabulary, so nothing is unknown; a word piece needs each byte also as a continuation.
@@ -123,6 +124,13 @@ class Tokenizer:
             ids.pop()
         return ids
 
+    @property
+    def document_end(self) -> list[int]:
+        """What data preparation puts after a document, so that it does not run into the next: the end token, where
+        the file's template ends no text with a special token and there is an end token."""
+        end = self.role_ids.get("eos_token_id")
+        return [] if end is None or self.encode("a")[-1] in self.special_id_set else [end]
+
     def encode_with_masks(self, text: str) -> list[int]:
         """The ids of a text in which the mask token, where it is written out, hides a token.
 
@@ -196,9 +204,9 @@ class Tokenizer:
         if not path.is_file():
             raise InputError(f"tokenizer must be a tokenizer.json file; got {path}, which does not exist")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, "tokenizer")
             json.loads(text)
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        except json.JSONDecodeError as error:
             raise InputError(f"tokenizer must be a JSON file; got {path}, which is not JSON: {error}") from error
         try:
             backend = library.Tokenizer.from_str(text)

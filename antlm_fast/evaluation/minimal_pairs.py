@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from antlm_fast.data.text_files import ending
 from antlm_fast.evaluation.sentence_scores import READ_OUTS, SentenceTokenizer, score_sentences
 from antlm_fast.models import LanguageModel
 from antlm_fast.types import InputError
+from antlm_fast.user_text import read_lines
 
 BUILTIN = "builtin"
 AGGREGATES = ("sum", "mean")
@@ -53,7 +55,7 @@ def load_pairs(source: str) -> list[MinimalPair]:
 
     Args:
         source: a .jsonl file; a folder, whose own .jsonl files are read in the order of their names (folders within
-            it are not entered); or "builtin".
+            it are not entered, hidden files left out); or "builtin". Files may be gzipped.
 
     Raises:
         InputError: no such path, no .jsonl file in the folder, no pair in a file, or a line that is no pair; the
@@ -65,7 +67,7 @@ def load_pairs(source: str) -> list[MinimalPair]:
         return [_pair(record, uid="", field="") for record in minimal_pairs()]
     path = Path(source)
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = sorted(file for file in path.iterdir() if ending(file) == ".jsonl" and not file.name.startswith("."))
         if not files:
             raise InputError(f"{source}: no .jsonl file in this folder")
         return [pair for file in files for pair in _pairs_of(file)]
@@ -76,20 +78,18 @@ def load_pairs(source: str) -> list[MinimalPair]:
 
 def _pairs_of(file: Path) -> Iterator[MinimalPair]:
     found = False
+    uid = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield _pair(json.loads(line), uid=file.stem, field=file.resolve().parent.name)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{file}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-                except InputError as error:
-                    raise InputError(f"{file}, line {number}: {error}") from error
-                found = True
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        for number, line in enumerate(read_lines(file, "pairs file"), start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _pair(json.loads(line), uid=uid, field=file.resolve().parent.name)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+            except InputError as error:
+                raise InputError(f"{file}, line {number}: {error}") from error
+            found = True
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     if not found:

@@ -22,6 +22,7 @@ from antlm_fast.models.baby_llama import BabyLlamaConfig
 from antlm_fast.models.language_model import LanguageModel
 from antlm_fast.models.registry import MODEL_CONFIGS, ModelConfig, build_model
 from antlm_fast.types import InputError
+from antlm_fast.user_text import read_text
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False}
 MODELING_FILE = "modeling_antlm_bert.py"
@@ -123,10 +124,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         InputError: there is no file, or it holds no table.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, "config file"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a model folder holds config.json and model.safetensors") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a table of settings; got {type(values).__name__}")

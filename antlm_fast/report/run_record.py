@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from antlm_fast.types import InputError, Objective
+from antlm_fast.user_text import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
     """One object a line; nothing where the file is missing; without a last line that was cut off."""
     if not file.is_file():
         return []
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file, "run's file")
     objects = []
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
@@ -187,7 +188,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file, "run's file"))
     except json.JSONDecodeError as error:
         raise InputError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from typing import Any
 
 from antlm_fast.training.config import TrainConfig
 from antlm_fast.types import InputError
+from antlm_fast.user_text import read_text
 
 VOCABULARY_RULE = "model.vocab_size must be left to the tokenizer (set tokenizer.vocab_size)"
 
@@ -37,12 +38,15 @@ def from_dict(values: Mapping[str, Any], *, start: TrainConfig | None = None) ->
     return _Reader(values, start).build(TrainConfig, values, start, prefix="")
 
 
-def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
+def apply_settings(config: TrainConfig, settings: list[str], *, train: str | None = None) -> TrainConfig:
     """Apply `a.b=c` texts, all at once, so that settings which depend on each other may come in any order.
 
     Values are read by the field's type: numbers, true/false, none, text, or a comma-separated list.
+
+    Args:
+        train: data.train as it stands: a folder may be called none, or end in a blank. A setting of it comes after it.
     """
-    nested: dict[str, Any] = {}
+    nested: dict[str, Any] = {} if train is None else {"data": {"train": train}}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
@@ -63,11 +67,11 @@ def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
 def read_config_file(path: Path, *, start: TrainConfig | None = None) -> TrainConfig:
     """A .toml or .json file of settings, or the config.json of a run (whose vocabulary size is derived again)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "config file")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"config file {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold a table of settings; got {type(values).__name__}")

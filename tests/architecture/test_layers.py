@@ -10,18 +10,30 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # layer -> what it may import of the package, itself aside
-BELOW_PIPELINE = {"types", "schedule", "kernels", "data", "objectives", "models", "training", "evaluation", "report"}
+BELOW_PIPELINE = {
+    "types",
+    "user_text",
+    "schedule",
+    "kernels",
+    "data",
+    "objectives",
+    "models",
+    "training",
+    "evaluation",
+    "report",
+}
 ALLOWED = {
     "kernels": set(),
     "testing": set(),
     "types": set(),
+    "user_text": {"types"},
     "schedule": {"types"},
-    "data": {"types"},
+    "data": {"types", "user_text"},
     "objectives": {"types"},
-    "report": {"types"},
-    "models": {"types", "kernels"},
-    "evaluation": {"types", "kernels", "data", "objectives", "models"},
-    "training": {"types", "schedule", "kernels", "data", "objectives", "models", "evaluation"},
+    "report": {"types", "user_text"},
+    "models": {"types", "user_text", "kernels"},
+    "evaluation": {"types", "user_text", "kernels", "data", "objectives", "models"},
+    "training": {"types", "user_text", "schedule", "kernels", "data", "objectives", "models", "evaluation"},
     "recipes": {"types", "data", "objectives", "models", "training"},
     "pipeline": BELOW_PIPELINE,
     "prime": {"types", "kernels", "training"},

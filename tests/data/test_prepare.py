@@ -95,7 +95,7 @@ def test_preparing_streams(config: DataConfig, tokenizer: Tokenizer, monkeypatch
     read = 0
 
     class CountingSource:
-        def documents(self) -> Iterator[str]:
+        def documents(self, note: object) -> Iterator[str]:
             nonlocal read
             for line in LINES:
                 read += 1

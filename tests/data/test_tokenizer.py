@@ -202,7 +202,7 @@ def test_load_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer must be a JSON file; got .*tokenizer.json, which is not JSON: "):
         Tokenizer.load(path)
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(InputError, match="which is not JSON"):
+    with pytest.raises(InputError, match="tokenizer must be UTF-8; got .*tokenizer.json, byte 7 is 0xff"):
         Tokenizer.load(path)
     path.write_text('{"model": {"type": "Nothing"}}')
     with pytest.raises(InputError, match=r"tokenizer must be a file of the tokenizers library; got .*tokenizer.json"):

@@ -324,7 +324,7 @@ def test_a_blimp_line_and_a_supplement_line(tmp_path: Path) -> None:
             'pairs.jsonl, line 1: sentence_bad must be a text that is not empty; got " "',
         ),
         ("\n\n", "pairs.jsonl: holds no pair"),
-        (b"\xff\xfe\n", "pairs.jsonl: not UTF-8 text: invalid start byte at byte 0"),
+        (b"\xff\xfe\n", "pairs.jsonl, byte 0 is 0xff"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: str | bytes, fragment: str) -> None:
