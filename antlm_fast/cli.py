@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in ("prompt", "text", "data"):
             _check_text(name, getattr(options, name, None))
+            if str(getattr(options, name, "")).startswith("\ufeff"):  # the byte order mark of "$(cat FILE)"
+                setattr(options, name, getattr(options, name).removeprefix("\ufeff"))
         options.command(options)
     except InputError as error:
         return _complain(str(error))
@@ -59,10 +61,28 @@ def _complain(message: str) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an option that is given twice, where the last would win without a word."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
+
+
+class _Once(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if option is not None and self.dest in given:
+            before = getattr(namespace, self.dest)
+            raise argparse.ArgumentError(self, f"must be given once; got {str(before)!r} and {str(values)!r}")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="antlm-fast", description="Train one transformer under causal and masked language modelling."
-    )
+    parser = _Parser(prog="antlm-fast", description="Train one transformer under causal and masked language modelling.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train from a recipe or a config file, or resume a run")
@@ -141,8 +161,6 @@ def _train(options: argparse.Namespace) -> None:
     if config is None:
         if not (options.resume and options.output):
             raise InputError("--recipe or --config must be given, or --resume with --output; got neither")
-        if options.data is not None or options.set:
-            raise InputError("--data and --set must come with --recipe or --config; a resumed run has its own settings")
         run_folder: Path = options.output
     else:
         run_folder = options.output or Path("runs") / config.name
@@ -164,12 +182,11 @@ def _config(options: argparse.Namespace) -> TrainConfig | None:
                 raise InputError(f"--recipe must be the run's in {run_folder}, {config.name!r}; got {options.recipe!r}")
     elif options.config:
         config = read_config_file(options.config)
+    elif options.resume and options.output and (options.output / "config.json").exists():
+        config = stored_config(options.output)
     else:
         return None
-    settings = list(options.set)
-    if options.data is not None:
-        settings.insert(0, f"data.train={options.data}")
-    return apply_settings(config, settings)
+    return apply_settings(config, options.set, train=options.data)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from antlm_fast.data.corpus import DataConfig, open_source
+from antlm_fast.data.corpus import SPLITS, DataConfig, check_splits, open_source
 from antlm_fast.data.prepare import prepare
 from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
@@ -31,13 +31,16 @@ from antlm_fast.training.metrics import check_tensorboard
 from antlm_fast.training.settings import from_dict, to_dict
 from antlm_fast.training.trainer import Trainer
 from antlm_fast.types import InputError
+from antlm_fast.user_text import read_text
 
-# settings that do not change what a run computes: they may differ when it is resumed
+# Settings that do not change what a run computes: they may differ when it is resumed. Of the paths of data, the
+# fingerprint says whether the text is the same.
 FREE = (
     "device",
+    "data.train",
+    "data.validation",
     "data.cache_dir",
     "logging.tensorboard",
-    "checkpoint.",
     "evaluation.minimal_pairs",
     "evaluation.read_outs",
 )
@@ -77,34 +80,27 @@ def _check_folder(config: TrainConfig | None, run_folder: Path, resume: bool) ->
 def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool) -> Path:
     begun = (run_folder / "config.json").exists()
     if begun:
-        config, stored_data = _stored_run(run_folder, config)
+        config, fingerprints = _stored_run(run_folder, config)
         _check_before_training(config)
         tokenizer = Tokenizer.load(run_folder / "tokenizer.json")
     else:
         assert config is not None
         _check_before_training(config)
+        check_splits(config.data)
         if config.tokenizer.path is None:
             _say(f"training the tokenizer on {config.data.train}")
         tokenizer = train_tokenizer(open_source(config.data, "train").documents(), config.tokenizer)
         config = _resolved(config, tokenizer)
-        stored_data = None
-    stores = {split: prepare(config.data, tokenizer, split) for split in ("train", "validation")}
-    data = {split: _description(store, config.data, split) for split, store in stores.items()}
-    for split, now in data.items():
-        before = now if stored_data is None else stored_data[split]
-        if before["fingerprint"] != now["fingerprint"]:
-            raise InputError(
-                f"data must be what the run in {run_folder} began with; got other {split} text: {now['num_tokens']} "
-                f"tokens, fingerprint {now['fingerprint'][:12]}, instead of {before['num_tokens']}, "
-                f"{before['fingerprint'][:12]}"
-            )
+        fingerprints = {}
+    stores = {split: prepare(config.data, tokenizer, split, fingerprint=fingerprints.get(split)) for split in SPLITS}
     trainer = _trainer(config, tokenizer, stores, run_folder)
     if not begun:
         tokenizer.save(run_folder / "tokenizer.json")
+        data = {split: _description(store, config.data, split) for split, store in stores.items()}
         _write_json(run_folder / "config.json", {"config": to_dict(config), "versions": versions(), "data": data})
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     _say(
-        f"{config.name}: {parameters / 1e6:.2f}M parameters, {data['train']['num_tokens']:,} training tokens, "
+        f"{config.name}: {parameters / 1e6:.2f}M parameters, {stores['train'].num_tokens:,} training tokens, "
         f"{config.schedule}, {trainer.timeline.total_steps} steps, {config.device} {config.precision}"
     )
     trainer.run(resume=resume)
@@ -297,20 +293,21 @@ def stored_config(run_folder: Path) -> TrainConfig:
     return _read_run(run_folder)[0]
 
 
-def _stored_run(run_folder: Path, config: TrainConfig | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """The run's config and data; of a config given beside it, the settings that are free are taken."""
-    stored, data, begun_with = _read_run(run_folder)
+def _stored_run(run_folder: Path, config: TrainConfig | None) -> tuple[TrainConfig, dict[str, str]]:
+    """The run's config and its data's fingerprints; of a config given beside it, the free settings are taken."""
+    stored, fingerprints, begun_with = _read_run(run_folder)
     for name, version in versions().items():
         if begun_with.get(name, version) != version:
             _say(
                 f"note: the run began with {name} {begun_with[name]}, now {version}: the result may differ in last bits"
             )
     if config is None:
-        return stored, data
+        return stored, fingerprints
     before = dict(_leaves(to_dict(stored)))
     for name, value in _leaves(to_dict(config)):
         derived = name == "model.vocab_size" or value == "auto"
-        if not derived and not name.startswith(FREE) and before.get(name) != value:
+        free_to_differ = name in FREE or name.startswith("checkpoint.")
+        if not derived and not free_to_differ and before.get(name) != value:
             raise InputError(
                 f"{name} must stay what the run in {run_folder} began with, {before.get(name)!r}; got {value!r} "
                 f"(--resume --output {run_folder} alone goes on with its own settings)"
@@ -319,20 +316,27 @@ def _stored_run(run_folder: Path, config: TrainConfig | None) -> tuple[TrainConf
     return replace(
         stored,
         device=resolve_device(config.device),
-        data=replace(stored.data, cache_dir=config.data.cache_dir),
+        data=replace(
+            stored.data,
+            cache_dir=config.data.cache_dir,
+            train=config.data.train or stored.data.train,
+            validation=config.data.validation or stored.data.validation,
+        ),
         logging=replace(stored.logging, tensorboard=config.logging.tensorboard),
         checkpoint=config.checkpoint,
         evaluation=free,
-    ), data
+    ), fingerprints
 
 
-def _read_run(run_folder: Path) -> tuple[TrainConfig, dict[str, Any], dict[str, str]]:
+def _read_run(run_folder: Path) -> tuple[TrainConfig, dict[str, str], dict[str, str]]:
+    """The run's config, the fingerprint of each split of its data, and the versions that it began with."""
     path = run_folder / "config.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path, "config file"))
         if not isinstance(document, dict):
             raise ValueError("it holds no table of settings")
-        return from_dict(document["config"]), document["data"], document["versions"]
+        fingerprints = {split: document["data"][split]["fingerprint"] for split in SPLITS}
+        return from_dict(document["config"]), fingerprints, document["versions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
 
