@@ -126,10 +126,12 @@ class Tokenizer:
 
     @property
     def document_end(self) -> list[int]:
-        """What data preparation puts after a document, so that it does not run into the next: the end token, where
-        the file's template ends no text with a special token and there is an end token."""
+        """What data preparation puts after a document, so that it does not run into the next: the end token, if there
+        is one and the file's template puts nothing after a text."""
         end = self.role_ids.get("eos_token_id")
-        return [] if end is None or self.encode("a")[-1] in self.special_id_set else [end]
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        ended = self.encode("a")[-len(bare) :] != bare
+        return [] if end is None or ended else [end]
 
     def encode_with_masks(self, text: str) -> list[int]:
         """The ids of a text in which the mask token, where it is written out, hides a token.

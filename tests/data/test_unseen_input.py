@@ -34,7 +34,7 @@ def word_level(*parts: str) -> Tokenizer:
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(words[4:])
+    backend.add_special_tokens([*words[4:], "[UNK]"])
     if parts:
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=" ".join(parts), special_tokens=[("<s>", 4), ("</s>", 5)]
