@@ -215,11 +215,14 @@ def _trainer(config: TrainConfig, tokenizer: Tokenizer, stores: dict[str, TokenS
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(config.device)
     mode, row_tokens = config.data.row_mode, config.data.row_tokens
-    train_rows = Rows(
-        stores["train"], mode=mode, row_tokens=row_tokens, seed=config.seed, short_share=config.data.short_share
-    )
-    # the first rows of a shuffled epoch come from all of the text, and seed 0 keeps them the same in every run
-    validation_rows = Rows(stores["validation"], mode=mode, row_tokens=row_tokens, seed=0)
+    try:
+        train_rows = Rows(
+            stores["train"], mode=mode, row_tokens=row_tokens, seed=config.seed, short_share=config.data.short_share
+        )
+        # the first rows of a shuffled epoch come from all of the text, and seed 0 keeps them the same in every run
+        validation_rows = Rows(stores["validation"], mode=mode, row_tokens=row_tokens, seed=0)
+    except InputError as error:  # it names its own argument
+        raise InputError(f"data.{error}") from None
     return Trainer(config, model, tokenizer.vocabulary, train_rows, validation_rows, run_folder)
 
 

@@ -352,7 +352,7 @@ def test_data_that_changed_under_a_run_is_noticed(cache, tmp_path, capsys):
         ("bad.jsonl", b'{"text": "a good line"}\n{"text": \n', "bad.jsonl"),
         ("keyless.jsonl", b'{"content": "x"}\n', "keyless.jsonl"),
         ("cut.txt.gz", gzip.compress(b"words and words " * 500, mtime=0)[:-9], "cut.txt.gz"),
-        ("tiny.txt", b"One.\n\nTwo.\n\nThree.\n", "row_tokens must be at most the"),
+        ("tiny.txt", b"One.\n\nTwo.\n\nThree.\n", "data.row_tokens must be at most the"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -57,7 +57,7 @@ class Rows:
             raise InputError(f"short_share must lie in 0 .. 1, and be 0 where row_mode is 'packed'; got {short_share}")
         if mode == "stream" and store.num_tokens < row_tokens:
             raise InputError(
-                f"data.row_tokens must be at most the {store.num_tokens} tokens of the corpus ({store.source}); "
+                f"row_tokens must be at most the {store.num_tokens} tokens of the corpus ({store.source}); "
                 f"got {row_tokens}"
             )
         self.store = store
