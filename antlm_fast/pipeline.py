@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from antlm_fast.data.corpus import DataConfig, open_source
-from antlm_fast.data.prepare import prepare
+from antlm_fast.data.prepare import cache_root, prepare
 from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
 from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
@@ -290,6 +290,7 @@ def _finish(config: TrainConfig, model: LanguageModel, tokenizer: Tokenizer, run
 def _check_before_training(config: TrainConfig) -> None:
     """What would otherwise be refused only when the training is over, or when the run folder is already made."""
     resolve_device(config.device)
+    cache_root(config.data)
     if config.evaluation.minimal_pairs is not None:
         load_pairs(config.evaluation.minimal_pairs)
     if config.logging.tensorboard:

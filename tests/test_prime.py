@@ -223,6 +223,16 @@ def test_without_triton_it_says_how_to_get_it(tmp_path: Path) -> None:
 
 
 @needs_triton
+def test_without_a_home_folder_a_folder_named_tilde_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("antlm_fast.prime.cache_folder", lambda: Path("~/.triton/cache"))
+    assert fails(capsys, "--arch", "90").endswith(
+        "TRITON_CACHE_DIR must be set where the user has no home folder; got none"
+    )
+
+
+@needs_triton
 def test_interpreted_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     done = in_new_process(["-m", "antlm_fast.cli", "prime", "--arch", "90"], tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from antlm_fast.data.rows import MODES
-from antlm_fast.data.text_files import UNITS, ending, find_files, read_documents
+from antlm_fast.data.text_files import UNITS, ending, expand_home, find_files, read_documents
 from antlm_fast.types import InputError
 
 SPLITS = ("train", "validation")
@@ -222,7 +222,7 @@ def _find(name: str, config: DataConfig, *, validation: bool, seed: int, words: 
         return Source(name=name, config=config, builtin_seed=seed, builtin_words=words)
     if name.startswith(HUGGING_FACE):
         return Source(name=name, config=config)
-    path = Path(name).expanduser()
+    path = expand_home("data.validation" if validation else "data.train", name)
     if path.is_dir():
         return Source(name=name, config=config, files=tuple(find_files(path, validation=validation)))
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,13 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from antlm_fast.data.corpus import DataConfig, Source, open_source
+from antlm_fast.data.text_files import expand_home
 from antlm_fast.data.token_store import FORMAT_VERSION, TokenStore, partial_prefix
 from antlm_fast.data.tokenizer import Tokenizer
+from antlm_fast.types import InputError
 
 _DOCUMENTS_PER_BATCH = 2000
 _CHARS_PER_BATCH = 1 << 20
 # Left by a process that was killed; a writer that is alive touches its folder far more often.
 _STALE_SECONDS = 24 * 3600.0
+_WAYS_OUT = "choose one by --set data.cache_dir=FOLDER, or set XDG_CACHE_HOME"
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, split: str, *, cache_dir: str | Path | None = None) -> TokenStore:
@@ -31,15 +35,16 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, split: str, *, cache_dir: 
         cache_dir: before `config.cache_dir`, which is before the user's cache folder.
 
     Raises:
-        InputError: the corpus cannot be read, or the cached store is damaged.
+        InputError: the corpus cannot be read, the cached store is damaged, or there is no folder for the cache.
         OSError: the cache cannot be written; names the path.
     """
     source = open_source(config, split)
     fingerprint = corpus_fingerprint(source, tokenizer)
-    root = Path(cache_dir or config.cache_dir or default_cache_dir()).expanduser()
+    root = cache_root(config, cache_dir)
     folder = root / f"{split}-{fingerprint[:24]}"
     if folder.exists():
         return TokenStore.open(folder)
+    _check_writable(root)
     _remove_stale(folder)
     return TokenStore.write(
         _encoded(source, tokenizer, split),
@@ -60,7 +65,31 @@ def corpus_fingerprint(source: Source, tokenizer: Tokenizer) -> str:
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/antlm-fast, or ~/.cache/antlm-fast where that is not set (or relative, which XDG forbids)."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "antlm-fast"
+    try:
+        return (configured if configured.is_absolute() else Path.home() / ".cache") / "antlm-fast"
+    except RuntimeError:
+        raise InputError(f"data.cache_dir must be given where the user has no home folder; {_WAYS_OUT}") from None
+
+
+def cache_root(config: DataConfig, cache_dir: str | Path | None = None) -> Path:
+    """The folder that holds the token stores, as `prepare` chooses it.
+
+    Raises:
+        InputError: it would be in a home folder, and there is none.
+    """
+    return expand_home("data.cache_dir", cache_dir or config.cache_dir or default_cache_dir())
+
+
+def _check_writable(root: Path) -> None:
+    reason = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise InputError(f"data.cache_dir must be a folder that can be written; got {root} ({reason}); {_WAYS_OUT}")
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -20,6 +20,20 @@ _BABYLM_ENDINGS = (".train", ".dev", ".test")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+def expand_home(argument: str, path: str | Path) -> Path:
+    """The path with ~ and ~user written out.
+
+    Raises:
+        InputError: there is no such home folder; names the argument.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{argument} must begin with a home folder that is known (set HOME); got {str(path)!r}"
+        ) from None
+
+
 def ending(path: Path) -> str:
     """The ending that tells what a file is, ".gz" left aside."""
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
