@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 143 or 129 ended by a signal."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for name in ("prompt", "text", "data"):
             _check_text(name, getattr(options, name, None))

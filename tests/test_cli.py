@@ -2,6 +2,7 @@
 
 import fcntl
 import gzip
+import io
 import json
 import os
 import shutil
@@ -129,6 +130,24 @@ def test_generate_and_fill_speak(run, capsys):
     answers = capsys.readouterr().out.splitlines()
     assert [answer.split(":")[0] for answer in answers] == ["mask 1", "mask 2"]
     assert len(answers[0].split(": ")[1].split("  ")) == 3
+
+
+def test_text_that_an_ascii_terminal_cannot_show_is_a_traceback(run, tmp_path, monkeypatch):
+    """PYTHONIOENCODING=ascii, or a locale without UTF-8."""
+    pair = {"sentence_good": "The boy sees.", "sentence_bad": "The boy see.", "UID": "r\u00e9gime"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    shown = {
+        ("generate", run, "--prompt", "Zo\u00eb\u2019s", "--max-new-tokens", "1"): b"Zo\\xeb\\u2019s",
+        ("fill", run, "Zo\u00eb <mask>", "--top-k", "300"): b"\\u",
+        ("eval", run, "--pairs", tmp_path / "pairs.jsonl"): b"r\\xe9gime",
+        ("export", run, "--output", tmp_path / "mod\u00e8le"): b"mod\\xe8le: baby_llama",
+    }
+    for arguments, part in shown.items():
+        terminal = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+        assert main([str(argument) for argument in arguments]) == 0
+        sys.stdout.flush()
+        assert part in terminal.getvalue()
 
 
 def test_a_checkpoint_is_no_model(run, tmp_path, capsys, monkeypatch):
