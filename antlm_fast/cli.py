@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import antlm_fast
 from antlm_fast.types import InputError, Objective
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except ModuleNotFoundError as error:
         if error.name in ("tokenizers", "tqdm", "matplotlib"):
-            return _complain(f"this command needs {error.name}: pip install 'antlm_fast[train]'")
+            return _complain(f"this command needs {error.name}: pip install '.[train]' in antlm_fast's checkout")
         if error.name == "triton" and options.command is _prime:
-            return _complain("prime needs triton: pip install 'antlm_fast[gpu]'")
+            return _complain("prime needs triton: pip install '.[gpu]' in antlm_fast's checkout")
         raise
     except KeyboardInterrupt as error:
         if not error.args:  # where there are, `train` has said them
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="antlm-fast", description="Train one transformer under causal and masked language modelling."
     )
+    parser.add_argument("--version", action="version", version=f"antlm-fast {antlm_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train from a recipe or a config file, or resume a run")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,19 @@ def test_text_that_an_ascii_terminal_cannot_show_is_a_traceback(run, tmp_path, m
         assert main([str(argument) for argument in arguments]) == 0
         sys.stdout.flush()
         assert part in terminal.getvalue()
+
+
+def test_there_is_no_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"antlm-fast {metadata.version('antlm_fast')}\n")
+
+
+def test_without_matplotlib_the_run_ends_in_a_traceback(run, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = fails(capsys, "train", "--resume", "--output", folder)
+    assert line.endswith("drawing the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout")
 
 
 def test_a_checkpoint_is_no_model(run, tmp_path, capsys, monkeypatch):
