@@ -85,9 +85,7 @@ def _settings(salt: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError(
-            "drawing the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout"
-        ) from error
+        raise InputError("the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout") from error
     return matplotlib.rc_context(
         {
             "svg.hashsalt": salt,

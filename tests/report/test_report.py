@@ -350,7 +350,7 @@ def test_without_matplotlib_the_way_to_get_it_is_said(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError) as error:
         write_report(folder)
-    assert str(error.value) == "drawing the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout"
+    assert str(error.value) == "the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout"
     assert (folder / "README.md").is_file()
 
 
