@@ -43,6 +43,7 @@ FREE = (
     "evaluation.minimal_pairs",
     "evaluation.read_outs",
 )
+MANY_PHASES = 10  # whose checkpoints are a surprise on the disk
 VERSIONED = ("antlm_fast", "torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -114,6 +115,13 @@ def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool, sig
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {data['train']['num_tokens']:,} training tokens, "
         f"{config.schedule}, {trainer.timeline.total_steps} steps, {config.device} {config.precision}"
     )
+    phases = len(trainer.timeline.phases)
+    if config.checkpoint.keep_phase_ends and phases > MANY_PHASES:
+        gigabytes = phases * parameters * (12 if trainer.average is None else 16) / 1e9  # weights, two moments, average
+        _say(
+            f"note: the checkpoints of {phases} phases' ends are kept, about {gigabytes:.1f} GB in all "
+            "(checkpoint.keep_phase_ends=false drops them)"
+        )
     trainer.run(resume=resume, signals=signals)
     with trainer.judged_weights():
         return _finish(config, trainer.model, tokenizer, run_folder)
@@ -128,7 +136,7 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         InputError: there is none, a file is damaged, or the tokenizer has another vocabulary than the model.
     """
     if (path / "state.json").exists():
-        run_folder = path.resolve().parents[1]
+        run_folder = path.resolve().parent.parent
         if not (run_folder / "config.json").exists():
             raise InputError(f"checkpoint {path} must lie in checkpoints/ of its run; {run_folder} has no config.json")
         model = build_model(stored_config(run_folder).model)
@@ -138,9 +146,10 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
         why = "it holds no config.json and model.safetensors"
         if (path / "checkpoints").exists():
-            why = "its training is not finished: resume it"
-        if newest := latest_checkpoint(path / "checkpoints") or latest_checkpoint(path):
-            why += f", or name a checkpoint such as {newest}"
+            newest = latest_checkpoint(path / "checkpoints")
+            why = "its training is not finished: resume it" + (f", or give the checkpoint {newest}" if newest else "")
+        elif newest := latest_checkpoint(path):
+            why = f"it holds checkpoints: give one, such as {newest}"
         raise InputError(f"no model in {path}: {why}")
     model = load_pretrained(folder)
     return model, _tokenizer_of(model, folder / "tokenizer.json")

@@ -184,7 +184,11 @@ def test_a_checkpoint_is_no_model(run, tmp_path, capsys, monkeypatch):
     assert main(["eval", str(tmp_path / "exported"), "--text", str(text)]) == 0
     assert capsys.readouterr().out == told[first, "eval"]
     assert "output must be a folder that does not exist" in fails(capsys, "export", first, "--output", tmp_path)
-    assert "or name a checkpoint such as" in fails(capsys, "generate", first.parent)
+    given = f"{first.parent}: it holds checkpoints: give one, such as {last}"
+    assert fails(capsys, "generate", first.parent) == f"antlm-fast: no model in {given}"
+    shutil.copytree(run / "checkpoints", tmp_path / "begun" / "checkpoints")
+    resumable = f"resume it, or give the checkpoint {tmp_path}/begun/checkpoints/step_00000012"
+    assert fails(capsys, "generate", tmp_path / "begun").endswith(f"its training is not finished: {resumable}")
     alone = shutil.copytree(first, tmp_path / "some" / "place" / "step_00000006")
     assert f"checkpoint {alone} must lie in checkpoints/ of its run" in fails(capsys, "generate", alone)
     (alone / "state.json").unlink()
