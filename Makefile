@@ -21,6 +21,9 @@ BIN := $(VENV)/bin
 # tools lie in the environment, or beside the python whose torch (and what else it had) is used
 TOOLS = PATH="$(abspath $(BIN)):$$(dirname "$$(command -v $(PYTHON))"):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# numpy comes after torch, which warns until it is there
+ASK_TORCH := -W ignore -c
+COMPILING := @echo "installing antlm_fast and compiling its C++ kernels: a minute or two on two cores"
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH ?=
 # pip puts this cap on every later install, so no dependency can bring another torch
@@ -103,20 +106,23 @@ lint: $(VENV)/dev.installed
 $(PINNED):
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; got " + sys.version'
 	@$(PYTHON) -m venv $(VENV)
+	@echo "looking for torch in $(PYTHON); without it one is installed, hundreds of megabytes"
 	@if [ -n "$(TORCH)" ]; then $(PIP) install '$(TORCH)'; \
 	elif $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  home=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'); \
+	  home=$$($(PYTHON) $(ASK_TORCH) 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'); \
 	  echo "torch: the one in $$home"; \
 	  echo "$$home" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth; \
 	elif [ "$$(uname -s)" = Darwin ] || nvidia-smi >/dev/null 2>&1; then $(PIP) install torch==2.13.0; \
 	else $(PIP) install torch==2.13.0+cpu 2>/dev/null || $(PIP) install torch==2.13.0 --index-url $(CPU_INDEX); fi
-	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $@.part && mv $@.part $@ && cat $@
+	@$(BIN)/python $(ASK_TORCH) 'import torch; print("torch==" + torch.__version__)' > $@.part && mv $@.part $@ && cat $@
 
 $(VENV)/train.installed: $(PINNED) pyproject.toml setup.py
+	$(COMPILING)
 	$(PIP) install --constraint $(PINNED) --editable '.[train]'
 	@touch $@
 
 $(VENV)/dev.installed: $(PINNED) pyproject.toml setup.py
+	$(COMPILING)
 	$(PIP) install --constraint $(PINNED) --editable '.[dev]'
 	@touch $@
 

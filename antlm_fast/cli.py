@@ -1,28 +1,34 @@
-"""The command line: train, eval, generate, fill, import, recipes, prime, doctor. Bad input is one line, exit code 2."""
+"""The command line: train, eval, generate, export and the others of --help. Bad input is one line, exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import antlm_fast
 from antlm_fast.types import InputError, Objective
 
 if TYPE_CHECKING:
+    from antlm_fast.models import LanguageModel
     from antlm_fast.prime import AttentionSizes
     from antlm_fast.training.config import TrainConfig
 
 READ_OUTS = ("causal", "masked", "mntp")
+MODEL = "run folder, model folder, or a checkpoint such as RUN/checkpoints/step_00000100"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 143 or 129 ended by a signal."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for name in ("prompt", "text", "data"):
             _check_text(name, getattr(options, name, None))
@@ -38,14 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except ModuleNotFoundError as error:
         if error.name in ("tokenizers", "tqdm", "matplotlib"):
-            return _complain(f"this command needs {error.name}: pip install 'antlm_fast[train]'")
+            return _complain(f"this command needs {error.name}: pip install '.[train]' in antlm_fast's checkout")
         if error.name == "triton" and options.command is _prime:
-            return _complain("prime needs triton: pip install 'antlm_fast[gpu]'")
+            return _complain("prime needs triton: pip install '.[gpu]' in antlm_fast's checkout")
         raise
-    except KeyboardInterrupt:
-        hint = "; --resume goes on from the newest checkpoint" if options.command is _train else ""
-        print(f"antlm-fast: interrupted{hint}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not error.args:  # where there are, `train` has said them
+            print("antlm-fast: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:  # SIGTERM or SIGHUP stopped `train`
+        return int(error.code or 0)
     return 0
 
 
@@ -83,6 +91,7 @@ class _Once(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="antlm-fast", description="Train one transformer under causal and masked language modelling.")
+    parser.add_argument("--version", action="version", version=f"antlm-fast {antlm_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train from a recipe or a config file, or resume a run")
@@ -95,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="score minimal pairs and held-out text")
-    evaluate.add_argument("model", type=Path, help="run folder or model folder")
+    evaluate.add_argument("model", type=Path, help=MODEL)
     evaluate.add_argument("--pairs", metavar="PATH", help="JSONL file or folder in BLiMP's form, or builtin")
     evaluate.add_argument("--text", metavar="PATH", help="held-out text: perplexity under each objective")
     evaluate.add_argument("--text-field", default="text", help="where a JSON line of --text has its text")
@@ -106,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_eval)
 
     generate = commands.add_parser("generate", help="continue a text (causal read-out)")
-    generate.add_argument("model", type=Path, help="run folder or model folder")
+    generate.add_argument("model", type=Path, help=MODEL)
     generate.add_argument("--prompt", default="", help="text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=40)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
@@ -116,11 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     fill = commands.add_parser("fill", help="fill the masks of a text (masked read-out)")
-    fill.add_argument("model", type=Path, help="run folder or model folder")
+    fill.add_argument("model", type=Path, help=MODEL)
     fill.add_argument("text", help="text with the model's mask token in it, such as 'The <mask> sleeps.'")
     fill.add_argument("--top-k", type=int, default=5)
     fill.add_argument("--mntp", action="store_true", help="read each mask at the position before it")
     fill.set_defaults(command=_fill)
+
+    export = commands.add_parser("export", help="write a model, such as a checkpoint's, in Hugging Face's layout")
+    export.add_argument("model", type=Path, help=MODEL)
+    export.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="a folder that does not exist")
+    export.set_defaults(command=_export)
 
     take = commands.add_parser("import", help="make a model folder of a public LTG-BERT or GPT-BERT checkpoint")
     take.add_argument("weights", type=Path, help="folder or file: .safetensors, .bin, .pt; tokenizer.json beside it")
@@ -264,12 +278,22 @@ def _fill(options: argparse.Namespace) -> None:
         print(f"mask {number}: {shown}")
 
 
+def _export(options: argparse.Namespace) -> None:
+    from antlm_fast.pipeline import export_model
+
+    _print_model(export_model(options.model, options.output), options.output)
+
+
 def _import(options: argparse.Namespace) -> None:
     from antlm_fast.pipeline import import_checkpoint
 
     model = import_checkpoint(options.weights, options.output, num_attention_heads=options.heads, config=options.config)
+    _print_model(model, options.output)
+
+
+def _print_model(model: LanguageModel, folder: Path) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{options.output}: {model.config.architecture}, {parameters / 1e6:.2f}M parameters")
+    print(f"{folder}: {model.config.architecture}, {parameters / 1e6:.2f}M parameters")
 
 
 def _recipes_list(options: argparse.Namespace) -> None:

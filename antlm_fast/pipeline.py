@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from antlm_fast.data.corpus import SPLITS, DataConfig, check_splits, open_source
-from antlm_fast.data.prepare import prepare
+from antlm_fast.data.prepare import cache_root, prepare
 from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
 from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
@@ -26,8 +25,11 @@ from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, lo
 from antlm_fast.models import LanguageModel, build_model, load_pretrained, load_public_checkpoint, save_pretrained
 from antlm_fast.report import write_report
 from antlm_fast.schedule import Schedule
+from antlm_fast.training.checkpoint import latest_checkpoint, load_weights
 from antlm_fast.training.config import TrainConfig
 from antlm_fast.training.metrics import check_tensorboard
+from antlm_fast.training.run_lock import hold
+from antlm_fast.training.run_signals import RunSignals, run_signals
 from antlm_fast.training.settings import from_dict, to_dict
 from antlm_fast.training.trainer import Trainer
 from antlm_fast.types import InputError
@@ -44,6 +46,7 @@ FREE = (
     "evaluation.minimal_pairs",
     "evaluation.read_outs",
 )
+MANY_PHASES = 10  # whose checkpoints are a surprise on the disk
 VERSIONED = ("antlm_fast", "torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -60,11 +63,16 @@ def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False)
 
     Raises:
         InputError: the settings, the data or the run folder cannot be used; what was there is left as it was.
+        KeyboardInterrupt: SIGINT (Ctrl-C) came, and the run is saved.
+        SystemExit: SIGTERM or SIGHUP came, and the run is saved; the code is 128 + the signal's number.
+
+    Signals: in the main thread, those three stop the run after the step that is going on, and SIGUSR1 saves a
+    checkpoint; the handlers that were there are back when the run ends. A second signal stops at once.
     """
     _check_folder(config, run_folder, resume)
-    with _alone(run_folder):
+    with run_signals(run_folder / "checkpoints") as signals, hold(run_folder):
         _check_folder(config, run_folder, resume)  # another process may have been here since
-        return _train_alone(config, run_folder, resume)
+        return _train_alone(config, run_folder, resume, signals)
 
 
 def _check_folder(config: TrainConfig | None, run_folder: Path, resume: bool) -> None:
@@ -77,7 +85,7 @@ def _check_folder(config: TrainConfig | None, run_folder: Path, resume: bool) ->
         raise InputError(f"run folder {run_folder} must be new or empty; it holds other files")
 
 
-def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool) -> Path:
+def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool, signals: RunSignals) -> Path:
     begun = (run_folder / "config.json").exists()
     if begun:
         config, fingerprints = _stored_run(run_folder, config)
@@ -103,23 +111,41 @@ def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool) -> 
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {stores['train'].num_tokens:,} training tokens, "
         f"{config.schedule}, {trainer.timeline.total_steps} steps, {config.device} {config.precision}"
     )
-    trainer.run(resume=resume)
+    phases = len(trainer.timeline.phases)
+    if config.checkpoint.keep_phase_ends and phases > MANY_PHASES:
+        gigabytes = phases * parameters * (12 if trainer.average is None else 16) / 1e9  # weights, two moments, average
+        _say(
+            f"note: the checkpoints of {phases} phases' ends are kept, about {gigabytes:.1f} GB in all "
+            "(checkpoint.keep_phase_ends=false drops them)"
+        )
+    trainer.run(resume=resume, signals=signals)
     with trainer.judged_weights():
         return _finish(config, trainer.model, tokenizer, run_folder)
 
 
 def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer of a run folder, or of a model folder in Hugging Face's layout.
+    """Model and tokenizer of a run folder, of a model folder in Hugging Face's layout, or of a run's checkpoint.
+
+    A checkpoint gives the weights that would have been published then: the average, where one is kept.
 
     Raises:
         InputError: there is none, a file is damaged, or the tokenizer has another vocabulary than the model.
     """
+    if (path / "state.json").exists():
+        run_folder = path.resolve().parent.parent
+        if not (run_folder / "config.json").exists():
+            raise InputError(f"checkpoint {path} must lie in checkpoints/ of its run; {run_folder} has no config.json")
+        model = build_model(stored_config(run_folder).model)
+        load_weights(path, model)
+        return model.eval(), _tokenizer_of(model, run_folder / "tokenizer.json")
     folder = path / "model" if (path / "model" / "config.json").exists() else path
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
-        unfinished = (path / "checkpoints").exists()
-        why = (
-            "its training is not finished: resume it" if unfinished else "it holds no config.json and model.safetensors"
-        )
+        why = "it holds no config.json and model.safetensors"
+        if (path / "checkpoints").exists():
+            newest = latest_checkpoint(path / "checkpoints")
+            why = "its training is not finished: resume it" + (f", or give the checkpoint {newest}" if newest else "")
+        elif newest := latest_checkpoint(path):
+            why = f"it holds checkpoints: give one, such as {newest}"
         raise InputError(f"no model in {path}: {why}")
     model = load_pretrained(folder)
     return model, _tokenizer_of(model, folder / "tokenizer.json")
@@ -141,10 +167,29 @@ def import_checkpoint(
         raise InputError(f"output must be a folder that does not exist; got {folder}")
     model = load_public_checkpoint(weights, num_attention_heads=num_attention_heads, config=config)
     beside = (weights if weights.is_dir() else weights.parent) / "tokenizer.json"
-    tokenizer = _tokenizer_of(model, beside)
+    _write_model(model, _tokenizer_of(model, beside), folder)
+    return model
+
+
+def export_model(path: Path, folder: Path) -> LanguageModel:
+    """What `open_model` finds, as a model folder in Hugging Face's layout: a run's checkpoint, above all.
+
+    Args:
+        folder: is made; must not exist.
+
+    Raises:
+        InputError: the folder exists, or there is no model; nothing is written then.
+    """
+    if folder.exists():
+        raise InputError(f"output must be a folder that does not exist; got {folder}")
+    model, tokenizer = open_model(path)
+    _write_model(model, tokenizer, folder)
+    return model
+
+
+def _write_model(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
     save_pretrained(model, folder, token_ids=tokenizer.role_ids)
     tokenizer.save_pretrained_files(folder)
-    return model
 
 
 def _tokenizer_of(model: LanguageModel, path: Path) -> Tokenizer:
@@ -231,8 +276,7 @@ def _finish(config: TrainConfig, model: LanguageModel, tokenizer: Tokenizer, run
     finished, writing = run_folder / "model", run_folder / ".writing_model"
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        save_pretrained(model, writing, token_ids=tokenizer.role_ids)
-        tokenizer.save_pretrained_files(writing)
+        _write_model(model, tokenizer, writing)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
@@ -251,37 +295,10 @@ def _finish(config: TrainConfig, model: LanguageModel, tokenizer: Tokenizer, run
     return finished
 
 
-@contextlib.contextmanager
-def _alone(run_folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it: two processes in one would cut each other's files. The lock goes with the process.
-
-    What fails before the run has its config.json leaves no folder and no lock behind.
-    """
-    made = [path for path in (run_folder, *run_folder.parents) if not path.exists()]
-    run_folder.mkdir(parents=True, exist_ok=True)
-    lock = run_folder / ".lock"
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # not one that its holder has removed in the meantime
-            held = lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise InputError(f"run folder {run_folder} must have one process at a time; another trains in it")
-        try:
-            yield
-        finally:
-            if not (run_folder / "config.json").exists():
-                lock.unlink()
-                with contextlib.suppress(OSError):  # a folder that holds something stays
-                    for path in made:
-                        path.rmdir()
-
-
 def _check_before_training(config: TrainConfig) -> None:
     """What would otherwise be refused only when the training is over, or when the run folder is already made."""
     resolve_device(config.device)
+    cache_root(config.data)
     if config.evaluation.minimal_pairs is not None:
         load_pairs(config.evaluation.minimal_pairs)
     if config.logging.tensorboard:
@@ -377,4 +394,5 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads any more, as after Ctrl-C on `| tee`
+        print(line, file=sys.stderr, flush=True)

@@ -88,10 +88,12 @@ def prime(sizes: AttentionSizes, arch: str | None = None) -> Iterator[PrimedKern
 
     Raises:
         InputError: no kernel is compiled for that arch or head_dim, there is no GPU that could be meant, or
-            TRITON_INTERPRET=1 is set.
+            TRITON_INTERPRET=1 is set, or Triton's cache would be in a home folder and there is none.
     """
     if interpreting():
         raise InputError("TRITON_INTERPRET must not be set: interpreted kernels are never compiled; got 1")
+    if cache_folder().parts[0] == "~":  # Triton would make a folder of this name
+        raise InputError("TRITON_CACHE_DIR must be set where the user has no home folder; got none")
     row, gpu = _gpu_that_is_there() if arch is None else _gpu_of(arch)
     largest = max(map(int, read_tiles(TILES)[row]["delta"]))
     if not 1 <= sizes.head_dim <= largest:

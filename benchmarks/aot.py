@@ -138,7 +138,7 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 def cannot_compile() -> str | None:
     """Why kernels cannot be compiled here; None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton must be installed to compile kernels: pip install 'antlm_fast[gpu]'"
+        return "triton must be installed to compile kernels: pip install '.[gpu]'"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET must not be 1: the interpreter compiles nothing"
     return None

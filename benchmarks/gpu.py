@@ -260,7 +260,10 @@ def run_stage(
     variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the proof asks for deterministic library products
     # torch.compile would give a process that compiles another one, without what was compiled ahead
-    variables.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    home = Path(tempfile.gettempdir())
+    with suppress(RuntimeError):  # a user without a home folder
+        home = Path.home()
+    variables.setdefault("TRITON_CACHE_DIR", str(home / ".triton" / "cache"))
     if request["device"] == "cpu":
         variables["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as file:

@@ -2,11 +2,13 @@
 
 import fcntl
 import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,68 @@ def test_generate_and_fill_speak(run, capsys):
     assert len(answers[0].split(": ")[1].split("  ")) == 3
 
 
+def test_text_that_an_ascii_terminal_cannot_show_is_a_traceback(run, tmp_path, monkeypatch):
+    """PYTHONIOENCODING=ascii, or a locale without UTF-8."""
+    pair = {"sentence_good": "The boy sees.", "sentence_bad": "The boy see.", "UID": "r\u00e9gime"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    shown = {
+        ("generate", run, "--prompt", "Zo\u00eb\u2019s", "--max-new-tokens", "1"): b"Zo\\xeb\\u2019s",
+        ("fill", run, "Zo\u00eb <mask>", "--top-k", "300"): b"\\u",
+        ("eval", run, "--pairs", tmp_path / "pairs.jsonl"): b"r\\xe9gime",
+        ("export", run, "--output", tmp_path / "mod\u00e8le"): b"mod\\xe8le: baby_llama",
+    }
+    for arguments, part in shown.items():
+        terminal = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+        assert main([str(argument) for argument in arguments]) == 0
+        sys.stdout.flush()
+        assert part in terminal.getvalue()
+
+
+def test_there_is_no_version(capsys):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"antlm-fast {version}\n")
+
+
+def test_without_matplotlib_the_run_ends_in_a_traceback(run, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = fails(capsys, "train", "--resume", "--output", folder)
+    assert line.endswith("antlm-fast: the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout")
+
+
+def test_a_checkpoint_is_no_model(run, tmp_path, capsys, monkeypatch):
+    """The last one says what the run's model says, the end of the first phase something else; each can be exported."""
+    first, last = (run / "checkpoints" / f"step_{step:08d}" for step in (6, 12))
+    text = tmp_path / "held.txt"
+    text.write_text("The boy sees the dog.")
+    told = {}
+    for model in (run, last, first):
+        for name, *more in (["eval", "--text", text], ["generate", "--prompt", "The"], ["fill", "The <mask> sees."]):
+            capsys.readouterr()
+            assert main([name, str(model), *map(str, more)]) == 0
+            told[model, name] = capsys.readouterr().out
+    assert all(told[run, name] == told[last, name] != told[first, name] for name in ("eval", "fill"))
+    assert told[run, "generate"] == told[last, "generate"]
+    monkeypatch.chdir(first)
+    assert main(["export", ".", "--output", str(tmp_path / "exported")]) == 0
+    assert "exported: baby_llama, 0.03M parameters" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "exported"), "--text", str(text)]) == 0
+    assert capsys.readouterr().out == told[first, "eval"]
+    assert "output must be a folder that does not exist" in fails(capsys, "export", first, "--output", tmp_path)
+    given = f"{first.parent}: it holds checkpoints: give one, such as {last}"
+    assert fails(capsys, "generate", first.parent) == f"antlm-fast: no model in {given}"
+    shutil.copytree(run / "checkpoints", tmp_path / "begun" / "checkpoints")
+    resumable = f"resume it, or give the checkpoint {tmp_path}/begun/checkpoints/step_00000012"
+    assert fails(capsys, "generate", tmp_path / "begun").endswith(f"its training is not finished: {resumable}")
+    alone = shutil.copytree(first, tmp_path / "some" / "place" / "step_00000006")
+    assert f"checkpoint {alone} must lie in checkpoints/ of its run" in fails(capsys, "generate", alone)
+    (alone / "state.json").unlink()
+    assert "no config.json and model.safetensors" in fails(capsys, "generate", alone)
+
+
 def test_recipes_and_doctor_tell_what_there_is(capsys, monkeypatch):
     assert main(["recipes", "list"]) == 0
     listed = capsys.readouterr().out
@@ -239,6 +303,13 @@ def test_two_processes_never_train_in_one_folder(run, capsys):
         assert "must have one process at a time" in fails(capsys, "train", "--resume", "--output", run)
 
 
+def test_torchrun_is_told_that_another_trains(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = train_fails(capsys, tmp_path, "--recipe", "demo")
+    assert "training must have one process, on one device; got WORLD_SIZE=2, as torchrun sets it" in line
+    assert not (tmp_path / "never").exists()
+
+
 def test_two_processes_begun_at_once_in_a_new_folder_are_told_apart(cache, tmp_path):
     """The folder is held from the first moment, not only when the tokenizer is trained and config.json written."""
     command = [sys.executable, "-m", "antlm_fast.cli", "train", "--recipe", "demo", "--output", str(tmp_path / "new")]
@@ -297,6 +368,11 @@ def test_other_models_go_the_whole_way(cache, tmp_path, capsys, recipe):
     assert shared
     assert all(torch.equal(published[name], average[name]) for name in shared)
     assert any(not torch.equal(published[name], own[name]) for name in shared)
+    exported = tmp_path / "exported"
+    assert main(["export", str(folder / "checkpoints" / "step_00000012"), "--output", str(exported)]) == 0
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == {
+        path.name: path.read_bytes() for path in (folder / "model").iterdir()
+    }
     shutil.rmtree(folder / "checkpoints" / "step_00000012")
     assert main(["train", "--recipe", recipe, "--resume", "--output", str(folder)]) == 0
     assert (folder / "metrics.jsonl").read_bytes() == before

@@ -219,7 +219,17 @@ def test_without_triton_it_says_how_to_get_it(tmp_path: Path) -> None:
     code = "import sys; sys.modules['triton'] = None; from antlm_fast.cli import main; sys.exit(main(sys.argv[1:]))"
     done = in_new_process(["-c", code, "prime", "--arch", "90"], tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "antlm-fast: prime needs triton: pip install 'antlm_fast[gpu]'\n"
+    assert done.stderr == "antlm-fast: prime needs triton: pip install '.[gpu]' in antlm_fast's checkout\n"
+
+
+@needs_triton
+def test_without_a_home_folder_a_folder_named_tilde_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("antlm_fast.prime.cache_folder", lambda: Path("~/.triton/cache"))
+    assert fails(capsys, "--arch", "90").endswith(
+        "TRITON_CACHE_DIR must be set where the user has no home folder; got none"
+    )
 
 
 @needs_triton

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from antlm_fast.data.rows import MODES
-from antlm_fast.data.text_files import LONGEST_DOCUMENT_CHARS, TEXT_FIELD, UNITS, cut, ending, read_documents
+from antlm_fast.data.text_files import (
+    LONGEST_DOCUMENT_CHARS,
+    TEXT_FIELD,
+    UNITS,
+    cut,
+    ending,
+    expand_home,
+    read_documents,
+)
 from antlm_fast.data.text_folders import NoText, find_files, what_is_not_read
 from antlm_fast.types import InputError
 
@@ -273,7 +281,7 @@ def _find(name: str, config: DataConfig, *, validation: bool, seed: int, words: 
         return Source(name=name, config=config, builtin_seed=seed, builtin_words=words)
     if name.startswith(HUGGING_FACE):
         return Source(name=name, config=config)
-    path = _path(name)
+    path = _path(name, "data.validation" if validation else "data.train")
     if path.is_dir():
         return Source(name=name, config=config, files=tuple(find_files(path, validation=validation)))
     if not path.is_file():
@@ -283,11 +291,9 @@ def _find(name: str, config: DataConfig, *, validation: bool, seed: int, words: 
     return Source(name=name, config=config, files=(path,))
 
 
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # "~name", and there is no such user: it may be a folder that is called so
-        return Path(name)
+def _path(name: str, argument: str = "data.train") -> Path:
+    path = Path(name)
+    return path if path.exists() else expand_home(argument, name)  # a folder may be called ~name
 
 
 def _replace_files(source: Source, files: list[Path]) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from antlm_fast.data.corpus import DataConfig, Source, open_source
+from antlm_fast.data.text_files import expand_home
 from antlm_fast.data.text_folders import NoText
 from antlm_fast.data.token_store import FORMAT_VERSION, TokenStore, partial_prefix
 from antlm_fast.data.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ _DOCUMENTS_PER_BATCH = 2000
 _CHARS_PER_BATCH = 1 << 20
 # Left by a process that was killed; a writer that is alive touches its folder far more often.
 _STALE_SECONDS = 24 * 3600.0
+_WAYS_OUT = "choose one by --set data.cache_dir=FOLDER, or set XDG_CACHE_HOME"
 
 
 def prepare(
@@ -42,10 +45,11 @@ def prepare(
             no error if the cache has its store.
 
     Raises:
-        InputError: the corpus cannot be read or has another fingerprint, or the cached store is damaged.
+        InputError: the corpus cannot be read or has another fingerprint, the cached store is damaged, or there is no
+            folder for the cache.
         OSError: the cache cannot be written; names the path.
     """
-    root = Path(cache_dir or config.cache_dir or default_cache_dir()).expanduser()
+    root = cache_root(config, cache_dir)
     try:
         source = open_source(config, split)
     except NoText as error:
@@ -63,6 +67,7 @@ def prepare(
         return TokenStore.open(folder)
     if (split == "train" or config.validation is not None) and (others := source.what_is_not_read()):
         print(f"note: not read in {source.name}: {others}", file=sys.stderr)
+    _check_writable(root)
     _remove_stale(folder)
     return TokenStore.write(
         _encoded(source, tokenizer, split),
@@ -92,7 +97,31 @@ def corpus_fingerprint(source: Source, tokenizer: Tokenizer) -> str:
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/antlm-fast, or ~/.cache/antlm-fast where that is not set (or relative, which XDG forbids)."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "antlm-fast"
+    try:
+        return (configured if configured.is_absolute() else Path.home() / ".cache") / "antlm-fast"
+    except RuntimeError:
+        raise InputError(f"data.cache_dir must be given where the user has no home folder; {_WAYS_OUT}") from None
+
+
+def cache_root(config: DataConfig, cache_dir: str | Path | None = None) -> Path:
+    """The folder that holds the token stores, as `prepare` chooses it.
+
+    Raises:
+        InputError: it would be in a home folder, and there is none.
+    """
+    return expand_home("data.cache_dir", cache_dir or config.cache_dir or default_cache_dir())
+
+
+def _check_writable(root: Path) -> None:
+    reason = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise InputError(f"data.cache_dir must be a folder that can be written; got {root} ({reason}); {_WAYS_OUT}")
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -22,6 +22,20 @@ _JSON_LINES_ENDINGS = (".jsonl", ".ndjson", ".json")
 _OTHER_FORMS = (".csv", ".tsv", ".xml", ".html", ".htm", ".ipynb", ".rtf")
 
 
+def expand_home(argument: str, path: str | Path) -> Path:
+    """The path with ~ and ~user written out.
+
+    Raises:
+        InputError: there is no such home folder; names the argument.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{argument} must begin with a home folder that is known (set HOME); got {str(path)!r}"
+        ) from None
+
+
 def ending(path: Path) -> str:
     """The ending that tells what a file is, in small letters, ".gz" left aside."""
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()

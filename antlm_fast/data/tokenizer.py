@@ -307,5 +307,5 @@ def _import_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise InputError("the tokenizer needs the package tokenizers; install antlm_fast[train]") from error
+        raise InputError("the tokenizer needs tokenizers: pip install '.[train]' in antlm_fast's checkout") from error
     return tokenizers

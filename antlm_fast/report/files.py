@@ -23,8 +23,8 @@ def write_report(run_folder: Path) -> list[Path]:
         The written files.
 
     Raises:
-        InputError: no metrics.jsonl, or a file of the run folder that is malformed.
-        ImportError: matplotlib is not installed; README.md, which needs none, is written by then.
+        InputError: no metrics.jsonl, a file of the run folder that is malformed, or matplotlib is not installed;
+            README.md, which does not need it, is written by then.
     """
     record = read_run(run_folder)
     card, picture, html = (run_folder / name for name in ("README.md", "loss.png", "report.html"))

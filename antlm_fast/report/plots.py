@@ -16,6 +16,7 @@ from typing import Any
 
 from antlm_fast.report import numbers
 from antlm_fast.report.run_record import PhaseRecord, RunRecord
+from antlm_fast.types import InputError
 
 # each colour is used once, so that the page can replace it by the CSS variable of that name
 COLOURS = {
@@ -84,7 +85,7 @@ def _settings(salt: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("drawing the report needs matplotlib: pip install 'antlm_fast[train]'") from error
+        raise InputError("the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout") from error
     return matplotlib.rc_context(
         {
             "svg.hashsalt": salt,

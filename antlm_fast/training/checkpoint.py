@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class TrainState:
         tokens: read by them.
         metrics_bytes: length of metrics.jsonl at that moment; what lies behind it is cut off on resume.
         loss_sums, loss_counts: what the next training line has gathered so far, by objective.
+        validation_due: the validation that belongs to this step was not done, because a signal ended the run.
     """
 
     step: int
@@ -39,6 +40,7 @@ class TrainState:
     metrics_bytes: int
     loss_sums: dict[str, float]
     loss_counts: dict[str, int]
+    validation_due: bool = False
 
 
 def save_checkpoint(
@@ -48,18 +50,21 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     keep: int,
+    keep_steps: Collection[int] = (),
     average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write folder/step_00001234 atomically (temporary folder, fsync, rename), then drop all but the newest `keep`.
 
     Args:
+        keep_steps: steps whose checkpoints are never dropped.
         average: the weights' moving average by parameter name, in a file of its own; None where none is kept.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there are untouched.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
-    if final.exists():  # the same step of the same run: the same content
+    if final.exists():  # the same step of the same run: the same tensors; its validation may have been due
+        _write_state(final, state, _read_document(final)[1])
         return final
     temporary = folder / f"{WRITING}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -74,15 +79,16 @@ def save_checkpoint(
         files = {
             f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", tensors[name]) for name in tensors
         }
-        document = {"format": 1, "state": asdict(state), "files": files}
-        _write_text(temporary / "state.json", json.dumps(document, indent=2) + "\n")
+        _write_state(temporary, state, files)
         temporary.rename(final)
         _sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _complete(folder)[:-keep]:  # renamed first: half a folder never counts as a checkpoint
-        old.rename(folder / f"{DROPPED}{old.name}")
+    kept = {f"{PREFIX}{step:08d}" for step in keep_steps}
+    for old in _complete(folder)[:-keep]:
+        if old.name not in kept:  # renamed first: half a folder never counts as a checkpoint
+            old.rename(folder / f"{DROPPED}{old.name}")
     for dropped in folder.glob(f"{DROPPED}*"):
         shutil.rmtree(dropped)
     return final
@@ -106,12 +112,7 @@ def load_checkpoint(
     Raises:
         InputError: a file is missing, cut short or altered, or belongs to another model; nothing was restored then.
     """
-    try:
-        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state = TrainState(**document["state"])
-        files: dict[str, Any] = document["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path} is damaged: state.json cannot be read ({error}){_hint(path)}") from None
+    state, files = _read_document(path)
     tensors = {}
     for name, expected in files.items():
         tensors[name] = _read_tensors(path / name, expected)
@@ -128,8 +129,32 @@ def load_checkpoint(
     return state
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restore in place what the run would publish: the moving average where the checkpoint has one, else the weights.
+
+    Raises:
+        InputError: a file is missing, cut short or altered, or belongs to another model; nothing was restored then.
+    """
+    _, files = _read_document(path)
+    name = "average.safetensors" if "average.safetensors" in files else "model.safetensors"
+    weights = _read_tensors(path / name, files[name])
+    _check_fit(path, model, weights)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(weights[parameter_name])
+
+
 def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def _read_document(path: Path) -> tuple[TrainState, dict[str, Any]]:
+    """State and files of a checkpoint's state.json."""
+    try:
+        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return TrainState(**document["state"]), document["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {path} is damaged: state.json cannot be read ({error}){_hint(path)}") from None
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -194,12 +219,15 @@ def _check_fit(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> None
             )
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _write_state(folder: Path, state: TrainState, files: dict[str, Any]) -> None:
+    """Write state.json, whole or not at all."""
+    part = folder / ".state.json.part"
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": 1, "state": asdict(state), "files": files}, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(path.parent)
+    part.rename(folder / "state.json")
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

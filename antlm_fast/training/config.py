@@ -72,10 +72,12 @@ class CheckpointConfig:
     Args:
         every_steps: steps between two checkpoints; None saves with each evaluation. The run's end is always saved.
         keep: how many of the newest are kept.
+        keep_phase_ends: also save at the end of each phase of the schedule, and never drop these.
     """
 
     every_steps: int | None = None
     keep: int = 2
+    keep_phase_ends: bool = True
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:

@@ -134,9 +134,8 @@ class _Reader:
     def _unknown(self, name: str, prefix: str, cls: type[Any]) -> str:
         here = [prefix + field.name for field in dataclasses.fields(cls)]
         near = [known for known in self._known if known.split(".")[-1] == name]
-        near += [
-            known for known in difflib.get_close_matches(prefix + name, here + self._known, n=3) if known not in near
-        ]
+        names = dict.fromkeys(here + self._known)  # once each: most are in both
+        near += [known for known in difflib.get_close_matches(prefix + name, names, n=3) if known not in near]
         return f"setting {prefix + name!r} must be a known name; the nearest are {', '.join((near or here)[:6])}"
 
 

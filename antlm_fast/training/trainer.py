@@ -26,10 +26,15 @@ from antlm_fast.training.lr_schedule import lr_at
 from antlm_fast.training.metrics import MetricsLog
 from antlm_fast.training.optimizer import begin_step, build_optimizer, clipped_step
 from antlm_fast.training.progress import Progress
+from antlm_fast.training.run_signals import RunSignals
 from antlm_fast.training.weight_average import WeightAverage
 from antlm_fast.types import InputError, Objective, PackedBatch, Vocabulary
 
 RANK = 0  # one process trains; the masks' key has a place for more
+
+
+class _StoppedError(Exception):
+    """A signal came within a validation."""
 
 
 class Trainer:
@@ -95,16 +100,19 @@ class Trainer:
         self._loss_counts: dict[str, int] = {}
         self._tokens = 0  # read since the run began
 
-    def run(self, *, resume: bool) -> None:
-        """Train to the end of the schedule.
+    def run(self, *, resume: bool, signals: RunSignals | None = None) -> None:
+        """Train to the end of the schedule, or until a signal asks to stop; a checkpoint is saved then.
 
         Args:
             resume: go on from the newest checkpoint, or from the start if there is none.
+            signals: what is looked at after each step; None obeys no signal.
 
         Raises:
+            KeyboardInterrupt, SystemExit: a signal asked to stop.
             InputError: the checkpoint is damaged, the disk refuses a write, or the loss is no longer finite; in each
                 case the earlier checkpoints are intact.
         """
+        signals = signals or RunSignals()
         state = TrainState(step=0, tokens=0, metrics_bytes=0, loss_sums={}, loss_counts={})
         newest = latest_checkpoint(self.checkpoints) if resume else None
         if newest is not None:
@@ -113,20 +121,21 @@ class Trainer:
         self._loss_counts = dict(state.loss_counts)
         self._tokens = state.tokens
         try:
-            log = MetricsLog(
-                self.run_folder,
-                keep_bytes=state.metrics_bytes,
-                step=state.step,
-                tensorboard=self.config.logging.tensorboard,
-            )
-            progress = Progress(self.timeline.total_steps, state.step)
-            on_cpu = self.device.type == "cpu"
-            try:
-                with freed_memory_is_kept() if on_cpu else contextlib.nullcontext():
-                    self._train(state.step, log, progress)
-            finally:
-                progress.close()
-                log.close()
+            with signals.deferred():
+                log = MetricsLog(
+                    self.run_folder,
+                    keep_bytes=state.metrics_bytes,
+                    step=state.step,
+                    tensorboard=self.config.logging.tensorboard,
+                )
+                progress = Progress(self.timeline.total_steps, state.step)
+                on_cpu = self.device.type == "cpu"
+                try:
+                    with freed_memory_is_kept() if on_cpu else contextlib.nullcontext():
+                        self._train(state, log, progress, signals)
+                finally:
+                    progress.close()
+                    log.close()
         except OSError as error:
             safe = latest_checkpoint(self.checkpoints)
             kept = f"{safe} is intact: make room, then resume" if safe else "no checkpoint was written yet"
@@ -144,15 +153,21 @@ class Trainer:
         """While this is open, the model holds what is validated and published: the average, where one is kept."""
         return contextlib.nullcontext() if self.average is None else self.average.in_model()
 
-    def _train(self, first_step: int, log: MetricsLog, progress: Progress) -> None:
+    def _train(self, state: TrainState, log: MetricsLog, progress: Progress, signals: RunSignals) -> None:
+        """All steps that are left; a signal that asks to stop is obeyed after a step or within a validation."""
         total_steps = self.timeline.total_steps
         if log.num_bytes == 0:
             log.write(self._run_record())
-            self._evaluate(0, log, progress)
+            if not self._evaluate(0, log, progress, signals):
+                return
+        elif state.validation_due:
+            if not self._evaluate(state.step, log, progress, signals):
+                return
+            self._save(state.step, log)
         window_begun, window_tokens = time.monotonic(), 0
-        for step in range(first_step, total_steps):
+        for step in range(state.step, total_steps):
             index = self.timeline.index_at(step)
-            if step in (first_step, self.timeline.first_step(index)):
+            if step in (state.step, self.timeline.first_step(index)):
                 progress.phase(index, len(self.timeline.phases), self.timeline.phases[index].name, step)
             grad_norm, tokens = self._step(step)
             window_tokens += tokens
@@ -163,6 +178,7 @@ class Trainer:
             phase_ends = done == self.timeline.ends[index]
             evaluates = phase_ends or done % (self.config.evaluation.every_steps or self.timeline.steps_per_epoch) == 0
             saves = done % self.config.checkpoint.every_steps == 0 if self.config.checkpoint.every_steps else evaluates
+            saves = saves or done == total_steps or (phase_ends and self.config.checkpoint.keep_phase_ends)
             logs = phase_ends or done % self.config.logging.every_steps == 0
             if logs or saves:
                 self._check_finite(done, grad_norm)
@@ -173,15 +189,17 @@ class Trainer:
                 log.write_throughput(done, window_tokens / seconds, seconds)
                 progress.trained(done, losses, window_tokens / seconds)
                 window_begun, window_tokens = time.monotonic(), 0
-            if evaluates:
-                before = time.monotonic()
-                self._evaluate(done, log, progress)
-                window_begun += time.monotonic() - before
-            if saves or done == total_steps:
-                before = time.monotonic()
-                log.sync()
-                self._save(done, log.num_bytes)
-                window_begun += time.monotonic() - before
+            before = time.monotonic()
+            evaluated = not evaluates or self._evaluate(done, log, progress, signals)
+            if saves or signals.save or signals.stop is not None:
+                self._check_finite(done, grad_norm)
+                saved = self._save(done, log, validation_due=not evaluated)
+                if signals.save:
+                    signals.save = False
+                    progress.saved(saved)
+                if signals.stop is not None:  # maybe since the checkpoint was begun: it holds this step all the same
+                    return
+            window_begun += time.monotonic() - before
 
     def _step(self, step: int) -> tuple[Tensor, int]:
         """One optimizer step; returns the gradient's norm before clipping and the number of tokens read.
@@ -242,9 +260,20 @@ class Trainer:
                 key=(self.config.seed, step, micro_batch, RANK),
             )
 
-    def _evaluate(self, done: int, log: MetricsLog, progress: Progress) -> None:
-        with self.judged_weights():
-            losses = mean_losses(self.model, self.validation_batches, self.config.precision)
+    def _evaluate(self, done: int, log: MetricsLog, progress: Progress, signals: RunSignals) -> bool:
+        """Validate; False, and nothing is logged, where a signal asks to stop meanwhile."""
+
+        def batches() -> Iterator[PackedBatch]:
+            for batch in self.validation_batches:
+                if signals.stop is not None:
+                    raise _StoppedError
+                yield batch
+
+        try:
+            with self.judged_weights():
+                losses = mean_losses(self.model, batches(), self.config.precision)
+        except _StoppedError:
+            return False
         named = {str(objective): loss for objective, loss in losses.items()}
         record = {
             "kind": "validation",
@@ -255,21 +284,25 @@ class Trainer:
         }
         log.write(record)
         progress.validated(done, named)
+        return True
 
-    def _save(self, done: int, metrics_bytes: int) -> None:
+    def _save(self, done: int, log: MetricsLog, *, validation_due: bool = False) -> Path:
+        log.sync()
         state = TrainState(
             step=done,
             tokens=self._tokens,
-            metrics_bytes=metrics_bytes,
+            metrics_bytes=log.num_bytes,
             loss_sums={name: float(value) for name, value in self._loss_sums.items()},
             loss_counts=dict(self._loss_counts),
+            validation_due=validation_due,
         )
-        save_checkpoint(
+        return save_checkpoint(
             self.checkpoints,
             state,
             self.model,
             self.optimizer,
             keep=self.config.checkpoint.keep,
+            keep_steps=self.timeline.ends if self.config.checkpoint.keep_phase_ends else (),
             average=self._averages,
         )
 

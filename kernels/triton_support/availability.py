@@ -11,7 +11,7 @@ import torch
 def unavailable_reason(device_type: str) -> str | None:
     """A sentence if no Triton kernel can run on a device of this type, else None."""
     if find_spec("triton") is None:
-        return "triton is not installed (pip install 'antlm_fast[gpu]')"
+        return "triton is not installed (pip install '.[gpu]' in antlm_fast's checkout)"
     if device_type == "cuda":
         return _too_old()
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

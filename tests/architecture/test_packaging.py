@@ -79,6 +79,17 @@ def prime(setup_py):
     return setup_py["prime"]
 
 
+def test_the_demo_is_silent_while_it_compiles_and_opens_with_a_warning_of_torch(tmp_path):
+    """What make would do in a new environment. torch warns where numpy is missing, which comes after it."""
+    command = ["make", "--dry-run", "demo", f"VENV={tmp_path / 'new'}", f"PYTHON={sys.executable}"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    install = next(number for number, line in enumerate(lines) if "--editable" in line)
+    assert "compiling its C++ kernels" in lines[install - 1]
+    asking = [line for line in lines if "torch.__" in line]
+    assert len(asking) == 2
+    assert all("-W ignore" in line for line in asking)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the C++ kernels are built on Linux")
 @pytest.mark.parametrize(
     ("compiler", "reason"),

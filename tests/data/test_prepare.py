@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,50 @@ def test_cache_folder_of_the_caller_the_config_and_the_user(
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert default_cache_dir() == tmp_path / "home" / ".cache" / "antlm-fast"
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME is not set, and the user has no entry, as in a container with a user number of one's own."""
+
+    def unknown(_: object) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for name in ("getpwuid", "getpwnam"):
+        monkeypatch.setattr(f"pwd.{name}", unknown)
+
+
+def test_a_user_without_a_home_folder_gets_a_traceback(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, homeless: None
+) -> None:
+    assert prepare(config, tokenizer, "train").folder.parent == tmp_path / "cache"
+    plain = replace(config, cache_dir=None)
+    rule = "data.cache_dir must be given where the user has no home folder; choose one by --set data.cache_dir=FOLDER"
+    with pytest.raises(InputError, match=f"^{rule}, or set XDG_CACHE_HOME$"):
+        prepare(plain, tokenizer, "train")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert prepare(plain, tokenizer, "train").folder.parent == tmp_path / "xdg" / "antlm-fast"
+    for name in ("cache_dir", "train", "validation"):
+        rule = f"data.{name} must begin with a home folder that is known \\(set HOME\\); got '~/text'"
+        with pytest.raises(InputError, match=rule):
+            prepare(replace(config, **{name: "~/text"}), tokenizer, "validation" if name == "validation" else "train")
+
+
+def test_a_home_folder_that_cannot_be_written_names_no_way_out(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HOME=/ or /nonexistent, as users of services have it; nothing is tokenized before."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(Tokenizer, "encode_batch", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    ways = "choose one by --set data.cache_dir=FOLDER, or set XDG_CACHE_HOME$"
+    with pytest.raises(InputError, match=rf"got .*file/antlm-fast \(Not a directory\); {ways}"):
+        prepare(replace(config, cache_dir=None), tokenizer, "train")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match=rf"got .*cache \(Permission denied\); {ways}"):
+        prepare(config, tokenizer, "train")
 
 
 def test_a_terminal_gets_a_bar(config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,7 +331,7 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_tokenizers)
-    with pytest.raises(InputError, match=r"needs the package tokenizers; install antlm_fast\[train\]"):
+    with pytest.raises(InputError, match=r"needs tokenizers: pip install '.\[train\]' in antlm_fast's checkout"):
         train_tokenizer(["text"], TokenizerConfig())
 
 

@@ -117,7 +117,8 @@ def test_ops_name_themselves_and_why_the_kernels_in_c_cannot_serve(monkeypatch: 
 def test_triton_attention_says_why_it_cannot_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(availability, "find_spec", lambda name: None if missing else object())
-    reason = "triton is not installed (pip install 'antlm_fast[gpu]')" if missing else "Triton kernels run on CUDA"
+    install = "triton is not installed (pip install '.[gpu]' in antlm_fast's checkout)"
+    reason = install if missing else "Triton kernels run on CUDA"
     x = torch.randn(1, 2, 1, 4)
     cu = torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(UnsupportedError) as dense:

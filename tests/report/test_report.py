@@ -348,9 +348,9 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 def test_without_matplotlib_the_way_to_get_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run(tmp_path / "run", ANTLM)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError) as error:
+    with pytest.raises(InputError) as error:
         write_report(folder)
-    assert str(error.value) == "drawing the report needs matplotlib: pip install 'antlm_fast[train]'"
+    assert str(error.value) == "the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout"
     assert (folder / "README.md").is_file()
 
 

@@ -2,12 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from antlm_fast.models import BabyLlama, BabyLlamaConfig
-from antlm_fast.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from antlm_fast.training.checkpoint import (
+    TrainState,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from antlm_fast.training.optimizer import OptimizerConfig, build_optimizer
 from antlm_fast.types import InputError
 
@@ -60,6 +67,26 @@ def test_only_the_newest_are_kept(folder):
     assert latest_checkpoint(folder / "nothing") is None
 
 
+def test_the_ends_of_phases_are_dropped_with_the_rest(tmp_path):
+    model, optimizer = stepped(*made())
+    for step in (5, 10, 15, 20, 25):
+        save_checkpoint(tmp_path, state(step), model, optimizer, keep=2, keep_steps=(5, 15, 25))
+    assert [int(path.name.removeprefix("step_")) for path in sorted(tmp_path.iterdir())] == [5, 15, 20, 25]
+
+
+def test_a_validation_that_was_due_is_done_and_the_checkpoint_knows(folder):
+    before = (folder / "step_00000015" / "model.safetensors").stat().st_mtime_ns
+    path = save_checkpoint(folder, replace(state(15), validation_due=True), *made(), keep=2)
+    assert load_checkpoint(path, *made()).validation_due
+    save_checkpoint(folder, state(15), *made(), keep=2)
+    assert load_checkpoint(path, *made()) == state(15)
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
+    document = json.loads((path / "state.json").read_text())
+    del document["state"]["validation_due"]  # as checkpoints were before there was such a thing
+    (path / "state.json").write_text(json.dumps(document))
+    assert load_checkpoint(path, *made()) == state(15)
+
+
 def test_nothing_in_a_checkpoint_is_pickled(folder):
     names = {path.name for path in folder.glob("step_*/*")}
     assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -78,6 +105,23 @@ def test_the_average_has_a_file_of_its_own(tmp_path):
     (path / "average.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="average.safetensors is damaged"):
         load_checkpoint(path, *made(seed=9), average=found)
+
+
+def test_the_weights_of_a_checkpoint_are_the_average_where_it_has_one(tmp_path):
+    model, optimizer = stepped(*made())
+    average = {name: parameter.detach() / 3 for name, parameter in model.named_parameters()}
+    own = save_checkpoint(tmp_path / "own", state(5), model, optimizer, keep=1)
+    averaged = save_checkpoint(tmp_path / "average", state(5), model, optimizer, keep=1, average=average)
+    for path, factor in ((own, 1), (averaged, 3)):
+        found = made(seed=9)[0]
+        load_weights(path, found)
+        for name, parameter in found.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name) / factor)
+    with pytest.raises(InputError, match="does not match the run's vocabulary"):
+        load_weights(averaged, made(vocab_size=31)[0])
+    (averaged / "average.safetensors").unlink()  # never the other weights instead
+    with pytest.raises(InputError, match="average.safetensors is missing"):
+        load_weights(averaged, made()[0])
 
 
 def test_an_average_that_was_never_kept_is_missed(folder):

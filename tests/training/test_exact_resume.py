@@ -127,6 +127,20 @@ def test_killed_again_and_again(uninterrupted):
     assert end_state(folder) == expected
 
 
+def test_a_scheduler_that_ends_the_process_with_sigterm_gets_143_and_a_checkpoint(uninterrupted):
+    config, root, expected, _ = uninterrupted
+    folder = root / "terminated"
+    process = start(config, folder)
+    while process.is_alive() and num_metrics(folder) < 4:  # the run, two validations and a training line
+        time.sleep(0.002)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert list(folder.glob("checkpoints/step_*"))
+    start(config, folder).join()
+    assert end_state(folder) == expected
+
+
 def test_a_finished_run_stays_as_it_is(uninterrupted):
     config, root, expected, _ = uninterrupted
     process = start(config, root / "warm")

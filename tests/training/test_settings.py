@@ -149,6 +149,14 @@ def test_a_file_without_an_architecture_is_a_baby_llama(tmp_path):
     assert read_config_file(path).model == LtgBertConfig(hidden_size=96)
 
 
+@pytest.mark.parametrize("setting", ["optimizer.lrr=1", "model.hiden_size=8", "batch.rows=8", "seeds=1"])
+def test_a_suggestion_repeats_a_name(setting):
+    with pytest.raises(InputError) as caught:
+        apply_settings(TrainConfig(name="x", schedule="1_CLM"), [setting])
+    nearest = str(caught.value).split("the nearest are ")[1].split(", ")
+    assert len(nearest) == len(set(nearest))
+
+
 def test_nearest_names_contain_the_right_one():
     with pytest.raises(InputError, match=r"optimizer\.weight_decay"):
         apply_settings(get_recipe("demo"), ["optimizer.weigth_decay=0"])

@@ -153,6 +153,7 @@ def test_every_setting_reaches_the_weights(store, plain, tmp_path, changes):
     [
         {"evaluation": EvaluationConfig(every_steps=1, validation_rows=2)},
         {"checkpoint": CheckpointConfig(every_steps=1, keep=1)},
+        {"checkpoint": CheckpointConfig(every_steps=4, keep_phase_ends=False)},
         {"logging": LoggingConfig(every_steps=1)},
         {"optimizer": OptimizerConfig(lr=1e-2, ema_decay=0.9)},
     ],
@@ -292,6 +293,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(store, pla
     resumed = train(store, folder, resume=True)
     assert torch.equal(weights(plain[0]), weights(resumed))
     assert (folder / "metrics.jsonl").read_bytes() == (plain[1] / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("keep_phase_ends", "expected"), [(True, [6, 14, 16, 18]), (False, [12, 16, 18])])
+def test_the_end_of_a_phase_is_no_checkpoint_or_is_soon_dropped(store, tmp_path, keep_phase_ends, expected):
+    """No multiple of checkpoint.every_steps, and not among the newest at the end."""
+    checkpoints = CheckpointConfig(every_steps=4, keep=2 if keep_phase_ends else 3, keep_phase_ends=keep_phase_ends)
+    made = train(store, tmp_path / "run", schedule="6s_CLM+8s_MLM+4s_CLM", checkpoint=checkpoints)
+    assert sorted(int(path.name.removeprefix("step_")) for path in made.checkpoints.iterdir()) == expected
 
 
 def test_tensorboard_is_written_when_asked_for(store, tmp_path):
