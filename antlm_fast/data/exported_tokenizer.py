@@ -1,0 +1,125 @@
+"""The form in which transformers gets a tokenizer: a text begins but does not end, and a written mask hides a token.
+
+Training ends every document (`<s> text </s>`); whoever continues a text or fills its gaps must not begin behind that
+end. Plain text has the same ids in both forms, but for the end. The functions take and give tokenizer.json's content.
+"""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from typing import Any
+
+# what the two forms differ in, beside the entry of the mask token
+PARTS = ("normalizer", "pre_tokenizer", "post_processor")
+
+
+def exported_form(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
+    """The exported form of a tokenizer: its single template without the end, and masks where they are written.
+
+    A blank before a written mask belongs to the hidden token, as it would to a word. A blank that the tokenizer puts
+    before the first word is put there alone, not behind each mask too.
+    """
+    form = deepcopy(description)
+    mask = re.escape(mask_token)
+    normalizers = [_without(rf"\s+(?={mask})")]
+    begins_with_mask = f"(?i:{mask})"  # lowercased, perhaps, by then
+    for part in _sequence(form["normalizer"], "normalizers"):
+        normalizers.append(part)
+        if part["type"] == "Prepend":
+            normalizers.append(_without(rf"\A{re.escape(part['prepend'])}(?={begins_with_mask})"))
+    pre_tokenizers = _sequence(form["pre_tokenizer"], "pretokenizers")
+    opening = pre_tokenizers[0] if pre_tokenizers else {"type": None}
+    if opening["type"] == "ByteLevel" and opening["add_prefix_space"]:
+        opening["add_prefix_space"] = False
+        normalizers += [{"type": "Prepend", "prepend": " "}, _without(rf"\A (?= |{begins_with_mask})")]
+    if opening["type"] == "Metaspace" and opening["prepend_scheme"] == "always":
+        opening["prepend_scheme"] = "first"
+    form["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    # a mask that is found in normalized text leaves one text around it, of which there is one beginning
+    mask_entry(form, mask_token)["normalized"] = True
+    form["post_processor"] = _without_end(form["post_processor"])
+    return form
+
+
+def differences(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
+    """What `restored_form` needs to make the training form of the exported one again."""
+    return {"mask": mask_entry(description, mask_token)} | {part: description[part] for part in PARTS}
+
+
+def restored_form(exported: dict[str, Any], differences: dict[str, Any]) -> dict[str, Any]:
+    """The training form.
+
+    Raises:
+        KeyError, TypeError: the differences are not those of `differences`.
+    """
+    form = deepcopy(exported) | {part: differences[part] for part in PARTS}
+    mask_entry(form, differences["mask"]["content"]).update(differences["mask"])
+    return form
+
+
+def mask_entry(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
+    """The mask token among the added tokens.
+
+    Raises:
+        KeyError: it is none of them.
+    """
+    for entry in description["added_tokens"]:
+        if entry["content"] == mask_token:
+            return entry
+    raise KeyError(mask_token)
+
+
+def _without(pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+
+
+def _sequence(component: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, one after the other."""
+    if component is None:
+        return []
+    if component["type"] != "Sequence":
+        return [component]
+    return [part for nested in component[inner] for part in _sequence(nested, inner)]
+
+
+def _without_end(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The post-processor whose template of one text has no special token behind the text; pairs stay whole."""
+    if processor is None:
+        return None
+    if processor["type"] == "Sequence":
+        return processor | {"processors": [_without_end(part) for part in processor["processors"]]}
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        return _without_end(_as_template(processor))
+    if processor["type"] != "TemplateProcessing":
+        return processor
+    single = list(processor["single"])
+    while "SpecialToken" in single[-1]:
+        single.pop()
+    return processor | {"single": single}
+
+
+def _as_template(processor: dict[str, Any]) -> dict[str, Any]:
+    """BERT's or RoBERTa's post-processor, which knows no other template than its own, as one that has a template."""
+    (begin, begin_id), (end, end_id) = processor["cls"], processor["sep"]
+    roberta = processor["type"] == "RobertaProcessing"
+
+    def special(token: str, type_id: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": token, "type_id": type_id}}
+
+    def text(name: str, type_id: int) -> dict[str, Any]:
+        return {"Sequence": {"id": name, "type_id": type_id}}
+
+    second = 0 if roberta else 1
+    single = [special(begin, 0), text("A", 0), special(end, 0)]
+    ids = {begin: begin_id, end: end_id}
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, *[special(end, 0)] * roberta, text("B", second), special(end, second)],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in ids},
+    }
+    if not roberta:
+        return template
+    offsets = {name: processor[name] for name in ("trim_offsets", "add_prefix_space")}
+    return {"type": "Sequence", "processors": [{"type": "ByteLevel", "use_regex": True} | offsets, template]}
