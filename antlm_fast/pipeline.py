@@ -24,6 +24,7 @@ from antlm_fast.data.token_store import TokenStore
 from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
 from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, load_pairs
 from antlm_fast.models import LanguageModel, build_model, load_pretrained, load_public_checkpoint, save_pretrained
+from antlm_fast.models.pretrained import MASKED_FOLDER, weights_file
 from antlm_fast.report import write_report
 from antlm_fast.schedule import Schedule
 from antlm_fast.training.config import TrainConfig
@@ -119,7 +120,7 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         InputError: there is none, a file is damaged, or the tokenizer has another vocabulary than the model.
     """
     folder = path / "model" if (path / "model" / "config.json").exists() else path
-    if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
+    if not (folder / "config.json").exists() or not weights_file(folder).exists():
         unfinished = (path / "checkpoints").exists()
         why = (
             "its training is not finished: resume it" if unfinished else "it holds no config.json and model.safetensors"
@@ -127,6 +128,18 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         raise InputError(f"no model in {path}: {why}")
     model = load_pretrained(folder)
     return model, _tokenizer_of(model, folder / "tokenizer.json")
+
+
+def save_model(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """A model folder with its tokenizers, for `open_model` and for transformers.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    save_pretrained(model, folder, token_ids=tokenizer.role_ids)
+    longest = model.config.max_position_embeddings
+    tokenizer.save_pretrained_files(folder, model_max_length=longest, causal=True)
+    tokenizer.save_pretrained_files(folder / MASKED_FOLDER, model_max_length=longest)
 
 
 def import_checkpoint(
@@ -146,8 +159,7 @@ def import_checkpoint(
     model = load_public_checkpoint(weights, num_attention_heads=num_attention_heads, config=config)
     beside = (weights if weights.is_dir() else weights.parent) / "tokenizer.json"
     tokenizer = _tokenizer_of(model, beside)
-    save_pretrained(model, folder, token_ids=tokenizer.role_ids)
-    tokenizer.save_pretrained_files(folder)
+    save_model(model, tokenizer, folder)
     return model
 
 
@@ -232,8 +244,7 @@ def _finish(config: TrainConfig, model: LanguageModel, tokenizer: Tokenizer, run
     finished, writing = run_folder / "model", run_folder / ".writing_model"
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        save_pretrained(model, writing, token_ids=tokenizer.role_ids)
-        tokenizer.save_pretrained_files(writing)
+        save_model(model, tokenizer, writing)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

@@ -1,7 +1,8 @@
-"""The form in which transformers gets a tokenizer: a text begins but does not end, and a written mask hides a token.
+"""The form in which transformers gets a tokenizer: a written mask hides a token, and a text need not end.
 
-Training ends every document (`<s> text </s>`); whoever continues a text or fills its gaps must not begin behind that
-end. Plain text has the same ids in both forms, but for the end. The functions take and give tokenizer.json's content.
+Training ends every document (`<s> text </s>`), and so does who fills gaps; who continues a text must not begin behind
+its end. Plain text has the same ids in every form, but for that end. The functions take and give tokenizer.json's
+content.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 PARTS = ("normalizer", "pre_tokenizer", "post_processor")
 
 
-def exported_form(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
-    """The exported form of a tokenizer: its single template without the end, and masks where they are written.
+def exported_form(description: dict[str, Any], mask_token: str, *, ends: bool) -> dict[str, Any]:
+    """The tokenizer that finds masks where they are written.
 
     A blank before a written mask belongs to the hidden token, as it would to a word. A blank that the tokenizer puts
     before the first word is put there alone, not behind each mask too.
+
+    Args:
+        ends: False leaves out what the template puts behind one text; two texts are always whole.
     """
     form = deepcopy(description)
     mask = re.escape(mask_token)
@@ -38,8 +42,23 @@ def exported_form(description: dict[str, Any], mask_token: str) -> dict[str, Any
     form["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     # a mask that is found in normalized text leaves one text around it, of which there is one beginning
     mask_entry(form, mask_token)["normalized"] = True
-    form["post_processor"] = _without_end(form["post_processor"])
+    if not ends:
+        form["post_processor"] = _without_end(form["post_processor"])
     return form
+
+
+def num_end_ids(processor: dict[str, Any] | None) -> int:
+    """How many ids a post-processor puts behind one text."""
+    if processor is None:
+        return 0
+    if processor["type"] == "Sequence":
+        return sum(map(num_end_ids, processor["processors"]))
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        return 1
+    if processor["type"] != "TemplateProcessing":
+        return 0
+    tokens, single = processor["special_tokens"], processor["single"]
+    return sum(len(tokens[part["SpecialToken"]["id"]]["ids"]) for part in single[_end_of(single) :])
 
 
 def differences(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
@@ -93,10 +112,12 @@ def _without_end(processor: dict[str, Any] | None) -> dict[str, Any] | None:
         return _without_end(_as_template(processor))
     if processor["type"] != "TemplateProcessing":
         return processor
-    single = list(processor["single"])
-    while "SpecialToken" in single[-1]:
-        single.pop()
-    return processor | {"single": single}
+    return processor | {"single": processor["single"][: _end_of(processor["single"])]}
+
+
+def _end_of(template: list[dict[str, Any]]) -> int:
+    """Where the special tokens begin that stand behind the text."""
+    return max(place for place, part in enumerate(template, start=1) if "Sequence" in part)
 
 
 def _as_template(processor: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from antlm_fast.data.exported_tokenizer import differences, exported_form, mask_entry, restored_form
+from antlm_fast.data.exported_tokenizer import (
+    differences,
+    exported_form,
+    mask_entry,
+    num_end_ids,
+    restored_form,
+)
 from antlm_fast.data.tokenizer_training import (
     BPE_SPECIALS,
     WORD_PIECE_SPECIALS,
@@ -122,22 +128,25 @@ class Tokenizer:
     def encode_beginning(self, text: str) -> list[int]:
         """The ids of a text that is to be continued: the template without the special tokens at its end."""
         ids = self.encode(text)
-        ends = self._backend.num_special_tokens_to_add(False) - self._open_backend.num_special_tokens_to_add(False)
-        return ids[: max(len(ids) - ends, 1)]
+        return ids[: max(len(ids) - self._num_end_ids, 1)]
 
     def encode_with_masks(self, text: str) -> list[int]:
-        """`encode_beginning` of a text in which the mask token, where it is written out, hides a token.
+        """The ids of a text in which the mask token, where it is written out, hides a token.
 
         A blank before a written mask belongs to the hidden token, as it would to a word. These are the ids that the
-        exported tokenizer gives, unless other special tokens are written out too: those are text here.
+        tokenizer gives which is exported for masks, unless other special tokens are written out: those are text here.
         """
-        ids: list[int] = self._open_backend.encode(text).ids
+        ids: list[int] = self._mask_backend.encode(text).ids
         return ids
 
     @cached_property
-    def _open_backend(self) -> Any:
-        """The exported tokenizer, reading no special token out of text but the mask."""
-        form = exported_form(json.loads(self._json), self.mask_token)
+    def _num_end_ids(self) -> int:
+        return num_end_ids(json.loads(self._json)["post_processor"])
+
+    @cached_property
+    def _mask_backend(self) -> Any:
+        """The tokenizer that is exported for masks, reading no special token out of text but the mask."""
+        form = exported_form(json.loads(self._json), self.mask_token, ends=True)
         mask_entry(form, self.mask_token)["special"] = False
         backend = _import_tokenizers().Tokenizer.from_str(json.dumps(form))
         backend.encode_special_tokens = True
@@ -163,21 +172,22 @@ class Tokenizer:
         return {f"{role}_id": self._tokens[token] for role, token in self._role_tokens().items()}
 
     def save_pretrained_files(
-        self, folder: str | Path, *, model_max_length: int | None = None, fills_masks: bool = True
+        self, folder: str | Path, *, model_max_length: int | None = None, causal: bool = False
     ) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face's `PreTrainedTokenizerFast` reads them.
 
-        Theirs encodes as `encode_with_masks` does: the template's beginning and no end. `load` of the folder gives this
-        tokenizer again, whole template included, also after they saved it.
+        Theirs encodes as `encode_with_masks` does. `load` of the folder gives this tokenizer again, also after they
+        saved it.
 
         Args:
             model_max_length: the model's longest sequence, in tokens; None leaves texts as long as they are.
-            fills_masks: False names no mask token, so that fill-mask refuses a model that sees the past alone.
+            causal: for a model that continues texts: theirs adds the template's beginning and no end, as
+                `encode_beginning` does, and has no mask token, so that who fills masks is told to look elsewhere.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         description = json.loads(self._json)
-        exported = exported_form(description, self.mask_token)
+        exported = exported_form(description, self.mask_token, ends=not causal)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -188,7 +198,7 @@ class Tokenizer:
             settings["model_max_length"] = model_max_length
         settings |= self._role_tokens()
         del settings["mask_token"]
-        if fills_masks:  # spelled out: of a name alone they make a token that is not normalized
+        if not causal:  # spelled out: of a name alone they make a token that is not normalized
             settings["mask_token"] = {"__type": "AddedToken"} | mask_entry(exported, self.mask_token)
             del settings["mask_token"]["id"]
         settings[TRAINING_FORM] = differences(description, self.mask_token)

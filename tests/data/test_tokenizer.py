@@ -316,12 +316,23 @@ def test_transformers_loads_the_saved_files(kind: str, roles: dict[str, str | No
         for text in TEXTS[:4]:
             encoded = theirs(text)
             assert sorted(encoded) == ["attention_mask", "input_ids"]
-            assert encoded["input_ids"] == tokenizer.encode_beginning(text) == tokenizer.encode(text)[:-1]
+            assert encoded["input_ids"] == tokenizer.encode(text)
             assert theirs.decode(encoded["input_ids"], skip_special_tokens=True) == tokenizer.decode(
                 tokenizer.encode(text)
             )
-            whole = theirs(text, "the cat")["input_ids"]  # two texts are set against each other, and end
-            assert [whole[0], whole[-1]] == [theirs.bos_token_id, theirs.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_for_a_causal_model_does_not_end(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained(kind)
+    tokenizer.save_pretrained_files(tmp_path, causal=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:4]:
+        assert theirs(text)["input_ids"] == tokenizer.encode_beginning(text) == tokenizer.encode(text)[:-1]
+    assert theirs.mask_token is None
+    pair = theirs("the", "cat")["input_ids"]  # two texts are set against each other, and end
+    assert [pair[0], pair[-1]] == [theirs.bos_token_id, theirs.eos_token_id]
 
 
 MASKED = [
@@ -346,9 +357,8 @@ def test_transformers_puts_no_stray_blank_beside_a_mask(kind: str, tmp_path: Pat
     for text in MASKED:
         text = text.replace("<mask>", tokenizer.mask_token)
         assert theirs(text)["input_ids"] == tokenizer.encode_with_masks(text), text
-    assert theirs.convert_ids_to_tokens(theirs(f"The {theirs.mask_token} cat.")["input_ids"]) == [
-        *(theirs.bos_token, *tokenizer.tokens(tokenizer.encode("The")[1:-1]), theirs.mask_token, "Ġcat", "."),
-    ]
+    words = theirs.convert_ids_to_tokens(theirs(f"The {theirs.mask_token} cat.")["input_ids"])
+    assert words[-4:] == [theirs.mask_token, *tokenizer.tokens(tokenizer.encode("The cat.")[-3:])]
 
 
 def test_transformers_cuts_to_the_length_of_the_model(tmp_path: Path) -> None:
@@ -356,7 +366,7 @@ def test_transformers_cuts_to_the_length_of_the_model(tmp_path: Path) -> None:
     tokenizer = trained("byte_level_bpe")
     tokenizer.save_pretrained_files(tmp_path, model_max_length=7)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs(TEXTS[0], truncation=True)["input_ids"] == tokenizer.encode(TEXTS[0])[:7]
+    assert theirs(TEXTS[0], truncation=True)["input_ids"] == [*tokenizer.encode(TEXTS[0])[:6], theirs.eos_token_id]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -364,7 +374,7 @@ def test_an_exported_tokenizer_is_read_as_it_was_in_training(kind: str, tmp_path
     """Whole template included, or every score of the exported model would be another."""
     transformers = pytest.importorskip("transformers")
     tokenizer = trained(kind)
-    tokenizer.save_pretrained_files(tmp_path / "model")
+    tokenizer.save_pretrained_files(tmp_path / "model", causal=True)
     transformers.AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
     Tokenizer.load(tmp_path / "again").save_pretrained_files(tmp_path / "ours")
     for folder in ("model", "again", "ours"):
@@ -418,29 +428,32 @@ def foreign(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "begin", "end"),
     [
-        ("metaspace", ["▁the", "<mask>", "s", "▁cat", "<mask>", "."]),
-        ("metaspace as normalizer", ["▁the", "<mask>", "s", "▁cat", "<mask>", "."]),
-        ("bert", ["[CLS]", "the", "[MASK]", "s", "cat", "[MASK]", "."]),
-        ("roberta", ["[CLS]", "the", "[MASK]", "s", "cat", "[MASK]", "."]),
-        ("sequence", ["[CLS]", "the", "[MASK]", "s", "cat", "[MASK]", "."]),
+        ("metaspace", [], []),
+        ("metaspace as normalizer", [], []),
+        ("bert", ["[CLS]"], ["[SEP]"]),
+        ("roberta", ["[CLS]"], ["[SEP]"]),
+        ("sequence", ["[CLS]"], ["[SEP]"]),
     ],
 )
-def test_tokenizers_of_others_begin_and_leave_open_a_text_with_masks(
-    name: str, expected: list[str], tmp_path: Path
+def test_tokenizers_of_others_take_masks_and_leave_prompts_open(
+    name: str, begin: list[str], end: list[str], tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer(foreign(name))
-    text = f"the {tokenizer.mask_token}s cat {tokenizer.mask_token}."
-    assert tokenizer.tokens(tokenizer.encode_with_masks(text)) == expected
-    assert tokenizer.encode_with_masks("the cat.") == tokenizer.encode_beginning("the cat.")
-    tokenizer.save_pretrained_files(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs(text)["input_ids"] == tokenizer.encode_with_masks(text)
-    template = [token for token in tokenizer.tokens(tokenizer.encode("")) if token != "[UNK]"]
-    assert theirs.convert_ids_to_tokens(theirs("cat", "the")["input_ids"])[-1] == (template or ["▁the"])[-1]
-    assert Tokenizer.load(tmp_path).encode("the cat") == tokenizer.encode("the cat")
+    mask, space = tokenizer.mask_token, "" if begin else "▁"
+    text = f"the {mask}s cat {mask}."
+    ids = tokenizer.encode_with_masks(text)
+    assert tokenizer.tokens(ids) == [*begin, f"{space}the", mask, "s", f"{space}cat", mask, ".", *end]
+    assert tokenizer.encode_with_masks("the cat.") == tokenizer.encode("the cat.")
+    assert tokenizer.tokens(tokenizer.encode_beginning("the cat")) == [*begin, f"{space}the", f"{space}cat"]
+    for causal, expected in ((False, ids), (True, ids[: len(ids) - len(end)])):
+        tokenizer.save_pretrained_files(tmp_path, causal=causal)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs(text)["input_ids"] == expected
+        assert theirs("cat", "the")["input_ids"] == tokenizer._backend.encode("cat", "the").ids
+        assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
 
 
 def test_a_text_that_ends_with_an_unknown_word_keeps_it_when_continued() -> None:
@@ -470,11 +483,11 @@ def test_written_masks_hide_tokens_and_leave_the_rest_as_it_is(kind):
     expected = [
         tokenizer.mask_id if word.strip("Ġ") in ("cat", "mat") else id for word, id in zip(words, whole, strict=True)
     ]
-    assert ids == expected[:-1]  # a text to be filled need not be a whole document
-    assert tokenizer.encode_with_masks("the cat sat") == tokenizer.encode_beginning("the cat sat")
-    assert tokenizer.encode_with_masks(tokenizer.mask_token) == [whole[0], tokenizer.mask_id]
-    other = tokenizer.tokens([whole[-1]])[0]  # a special token that is written out is text
-    assert whole[-1] not in tokenizer.encode_with_masks(f"the {other} sat {tokenizer.mask_token}")
+    assert ids == expected
+    assert tokenizer.encode_with_masks("the cat sat") == tokenizer.encode("the cat sat")
+    assert tokenizer.encode_with_masks(tokenizer.mask_token) == [whole[0], tokenizer.mask_id, whole[-1]]
+    end = tokenizer.tokens([whole[-1]])[0]  # another special token that is written out is text
+    assert tokenizer.encode_with_masks(f"the {end} sat {tokenizer.mask_token}").count(whole[-1]) == 1
 
 
 @pytest.mark.parametrize("kind", ["byte_level_bpe", "word_piece"])

@@ -81,7 +81,7 @@ def test_a_truncated_file_is_one_line(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be 'llama' or 'antlm_bert'; got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type must be 'llama', 'eurobert' or 'antlm_bert'; got 'gpt2'"),
         ({"vocab_size": 51}, "does not fit .*size mismatch"),
         ({"attention_bias": True}, "attention_bias must be false; got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),
