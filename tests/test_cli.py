@@ -70,13 +70,10 @@ def train_fails(capsys, tmp_path, *arguments):
 def test_a_run_folder_holds_what_the_readme_says(run):
     names = {path.name for path in run.iterdir()}
     expected = {"config.json", "tokenizer.json", "metrics.jsonl", "throughput.jsonl", "checkpoints", "model"}
-    assert expected | {"README.md", "report.html", "loss.png"} <= names
-    assert {path.name for path in (run / "model").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert expected | {"report.html", "loss.png"} <= names
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (run / "model").iterdir()} == model | {"README.md", "masked"}
+    assert {path.name for path in (run / "model" / "masked").iterdir()} == model
     config = json.loads((run / "config.json").read_text())
     assert (
         config["config"]["model"]["vocab_size"] == json.loads((run / "model" / "config.json").read_text())["vocab_size"]
