@@ -83,6 +83,13 @@ def test_a_run_folder_holds_what_the_readme_says(run):
     assert {"torch", "python", "threads"} <= set(config["versions"])
 
 
+def test_what_a_run_writes_may_be_read_by_whom_the_umask_lets(run, cache, tmp_path):
+    (tmp_path / "file").touch()
+    files = [path for folder in (run, cache) for path in folder.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "optimizer.safetensors", "report.html"} <= {path.name for path in files}
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
+
+
 def test_eval_scores_pairs_and_text(run, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     lines = [

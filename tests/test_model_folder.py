@@ -25,7 +25,7 @@ OWN = {"causal": exported.AntlmBertForCausalLM, "masked": exported.AntlmBertForM
 @pytest.fixture(
     scope="module",
     params=[(kind, tokens) for kind in ARCHITECTURES for tokens in KINDS],
-    ids=str,
+    ids=lambda param: f"{param[0].architecture}-{param[1]}",
 )
 def saved(request, tmp_path_factory):
     """(model, tokenizer, folder, {read-out: transformers' model and tokenizer})"""
@@ -83,6 +83,17 @@ def test_sentences_of_an_opened_folder_score_what_they_scored_in_training(saved)
         before, after = (score_sentences(*who, SENTENCES, read_out) for who in ((model, tokenizer), (again, own)))
         assert before.sums.tolist() == after.sums.tolist()
         assert before.num_tokens.tolist() == after.num_tokens.tolist()
+
+
+def test_what_transformers_saved_in_several_files_is_opened_and_scores_the_same(saved, tmp_path):
+    model, tokenizer, _, theirs = saved
+    for part in theirs["masked"]:
+        part.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if part is theirs["masked"][0] else {}))
+    assert not (tmp_path / "model.safetensors").exists()
+    again, own = open_model(tmp_path)
+    for read_out in READ_OUTS:
+        before, after = (score_sentences(*who, SENTENCES, read_out) for who in ((model, tokenizer), (again, own)))
+        assert before.sums.tolist() == after.sums.tolist()
 
 
 def test_a_text_that_is_too_long_is_cut_to_what_the_model_takes(saved):
