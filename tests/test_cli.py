@@ -4,6 +4,7 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def test_what_a_run_writes_may_be_read_by_whom_the_umask_lets(run, cache, tmp_pa
     files = [path for folder in (run, cache) for path in folder.rglob("*") if path.is_file()]
     assert {"model.safetensors", "optimizer.safetensors", "report.html"} <= {path.name for path in files}
     assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
+
+
+def test_the_card_of_the_model_loads_it_as_it_says(run, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(run / "model")
+    for block in blocks:
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert "generated_text" in printed
+    assert "token_str" in printed
 
 
 def test_eval_scores_pairs_and_text(run, tmp_path, capsys):

@@ -11,17 +11,20 @@ import re
 from copy import deepcopy
 from typing import Any
 
-# what the two forms differ in, beside the entry of the mask token
+# what the two forms differ in, beside the mask token's entry
 PARTS = ("normalizer", "pre_tokenizer", "post_processor")
 
 
-def exported_form(description: dict[str, Any], mask_token: str, *, ends: bool) -> dict[str, Any]:
+def exported_form(
+    description: dict[str, Any], mask_token: str, mask_id: int, *, ends: bool, special: bool = True
+) -> dict[str, Any]:
     """The tokenizer that finds masks where they are written.
 
     A blank before a written mask belongs to the hidden token, as it would to a word. A blank that the tokenizer puts
     before the first word is put there alone, not behind each mask too.
 
     Args:
+        special: whether the mask is a special token, as transformers wants it.
         ends: False leaves out what the template puts behind one text; two texts are always whole.
     """
     form = deepcopy(description)
@@ -33,15 +36,18 @@ def exported_form(description: dict[str, Any], mask_token: str, *, ends: bool) -
         if part["type"] == "Prepend":
             normalizers.append(_without(rf"\A{re.escape(part['prepend'])}(?={begins_with_mask})"))
     pre_tokenizers = _sequence(form["pre_tokenizer"], "pretokenizers")
-    opening = pre_tokenizers[0] if pre_tokenizers else {"type": None}
+    opening: dict[str, Any] = pre_tokenizers[0] if pre_tokenizers else {"type": None}
     if opening["type"] == "ByteLevel" and opening["add_prefix_space"]:
         opening["add_prefix_space"] = False
         normalizers += [{"type": "Prepend", "prepend": " "}, _without(rf"\A (?= |{begins_with_mask})")]
     if opening["type"] == "Metaspace" and opening["prepend_scheme"] == "always":
         opening["prepend_scheme"] = "first"
     form["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    if (entry := _mask_entry(form, mask_token)) is None:  # a word of the vocabulary until now
+        form["added_tokens"].append(entry := {"id": mask_id, "content": mask_token, "single_word": False})
+        entry |= {"lstrip": False, "rstrip": False}
     # a mask that is found in normalized text leaves one text around it, of which there is one beginning
-    mask_entry(form, mask_token)["normalized"] = True
+    entry |= {"normalized": True, "special": special}
     if not ends:
         form["post_processor"] = _without_end(form["post_processor"])
     return form
@@ -63,7 +69,8 @@ def num_end_ids(processor: dict[str, Any] | None) -> int:
 
 def differences(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
     """What `restored_form` needs to make the training form of the exported one again."""
-    return {"mask": mask_entry(description, mask_token)} | {part: description[part] for part in PARTS}
+    mask = {"mask_token": mask_token, "mask": _mask_entry(description, mask_token)}
+    return mask | {part: description[part] for part in PARTS}
 
 
 def restored_form(exported: dict[str, Any], differences: dict[str, Any]) -> dict[str, Any]:
@@ -72,21 +79,16 @@ def restored_form(exported: dict[str, Any], differences: dict[str, Any]) -> dict
     Raises:
         KeyError, TypeError: the differences are not those of `differences`.
     """
-    form = deepcopy(exported) | {part: differences[part] for part in PARTS}
-    mask_entry(form, differences["mask"]["content"]).update(differences["mask"])
-    return form
+    tokens = [
+        differences["mask"] if entry["content"] == differences["mask_token"] else entry
+        for entry in exported["added_tokens"]
+    ]
+    return exported | {part: differences[part] for part in PARTS} | {"added_tokens": [*filter(None, tokens)]}
 
 
-def mask_entry(description: dict[str, Any], mask_token: str) -> dict[str, Any]:
-    """The mask token among the added tokens.
-
-    Raises:
-        KeyError: it is none of them.
-    """
-    for entry in description["added_tokens"]:
-        if entry["content"] == mask_token:
-            return entry
-    raise KeyError(mask_token)
+def _mask_entry(description: dict[str, Any], mask_token: str) -> dict[str, Any] | None:
+    """The mask token among the added tokens."""
+    return next((entry for entry in description["added_tokens"] if entry["content"] == mask_token), None)
 
 
 def _without(pattern: str) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _without_end(processor: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _end_of(template: list[dict[str, Any]]) -> int:
     """Where the special tokens begin that stand behind the text."""
-    return max(place for place, part in enumerate(template, start=1) if "Sequence" in part)
+    return max((place for place, part in enumerate(template, start=1) if "Sequence" in part), default=0)
 
 
 def _as_template(processor: dict[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from antlm_fast.data.exported_tokenizer import (
-    differences,
-    exported_form,
-    mask_entry,
-    num_end_ids,
-    restored_form,
-)
+from antlm_fast.data.exported_tokenizer import differences, exported_form, num_end_ids, restored_form
 from antlm_fast.data.tokenizer_training import (
     BPE_SPECIALS,
     WORD_PIECE_SPECIALS,
@@ -146,8 +140,7 @@ class Tokenizer:
     @cached_property
     def _mask_backend(self) -> Any:
         """The tokenizer that is exported for masks, reading no special token out of text but the mask."""
-        form = exported_form(json.loads(self._json), self.mask_token, ends=True)
-        mask_entry(form, self.mask_token)["special"] = False
+        form = exported_form(json.loads(self._json), self.mask_token, self.mask_id, ends=True, special=False)
         backend = _import_tokenizers().Tokenizer.from_str(json.dumps(form))
         backend.encode_special_tokens = True
         return backend
@@ -187,7 +180,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         description = json.loads(self._json)
-        exported = exported_form(description, self.mask_token, ends=not causal)
+        exported = exported_form(description, self.mask_token, self.mask_id, ends=not causal)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -197,10 +190,11 @@ class Tokenizer:
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
         settings |= self._role_tokens()
-        del settings["mask_token"]
-        if not causal:  # spelled out: of a name alone they make a token that is not normalized
-            settings["mask_token"] = {"__type": "AddedToken"} | mask_entry(exported, self.mask_token)
-            del settings["mask_token"]["id"]
+        if causal:
+            del settings["mask_token"]
+        else:  # spelled out: of a name alone they make a token that is not normalized
+            flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": True}
+            settings["mask_token"] = {"__type": "AddedToken", "content": self.mask_token} | flags
         settings[TRAINING_FORM] = differences(description, self.mask_token)
         for name, document in (("tokenizer.json", exported), ("tokenizer_config.json", settings)):
             _write_text(folder / name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

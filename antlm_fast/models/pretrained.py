@@ -168,7 +168,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = read_settings(index).get("weight_map")
+    names: Any = read_settings(index).get("weight_map")
     files = names.values() if isinstance(names, dict) else [None]
     if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
         raise InputError(

@@ -154,6 +154,15 @@ def _loading(record: RunRecord) -> str:
     if _is_llama(record) or _is_exported_bert(record):
         code = "" if _is_llama(record) else ", trust_remote_code=True"
         options = 'subfolder="masked"' + code
+        fill = (
+            ""
+            if _reads_one_before(record)
+            # the pipeline reads a mask at its own position
+            else (
+                'fill_mask = pipeline("fill-mask", model=masked, tokenizer=tokenizer)\n'
+                'print(fill_mask(f"The {tokenizer.mask_token} sleeps."))\n'
+            )
+        )
         whose = "stock classes" if _is_llama(record) else "its modelling code lies beside the weights"
         blocks.append(
             f"With transformers ({whose}). A read-out has a folder, with the same weights and the tokenizer that goes "
@@ -165,9 +174,7 @@ def _loading(record: RunRecord) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained(folder{code})\n"
             'print(pipeline("text-generation", model=causal, tokenizer=tokenizer)("The cat"))\n\n'
             f"masked = AutoModelForMaskedLM.from_pretrained(folder, {options})  # sees the whole text\n"
-            f"tokenizer = AutoTokenizer.from_pretrained(folder, {options})\n"
-            'fill_mask = pipeline("fill-mask", model=masked, tokenizer=tokenizer)\n'
-            'print(fill_mask(f"The {tokenizer.mask_token} sleeps."))\n'
+            f"tokenizer = AutoTokenizer.from_pretrained(folder, {options})\n{fill}"
             "```\n\n"
             "AutoModel (hidden states) and AutoModelForSequenceClassification (a new head) load from `masked` alike."
         )

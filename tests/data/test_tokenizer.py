@@ -244,6 +244,11 @@ def test_mask_token_that_is_an_ordinary_token_becomes_special(tmp_path: Path) ->
     tokenizer = existing(tmp_path / "t.json", {"[UNK]": 0, "<mask>": 1, "word": 2})
     assert tokenizer.vocabulary.special_ids == (1,)
     assert tokenizer.vocabulary.word_start.tolist() == [True, True, True]
+    assert tokenizer.encode_with_masks("word <mask> word") == [2, 1, 2]
+    tokenizer.save_pretrained_files(tmp_path / "model")
+    loaded = Tokenizer.load(tmp_path / "model")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode_with_masks("word<mask>") == [2, 1]
 
 
 def test_ids_without_a_token_are_never_drawn(tmp_path: Path) -> None:
