@@ -120,11 +120,10 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         InputError: there is none, a file is damaged, or the tokenizer has another vocabulary than the model.
     """
     folder = path / "model" if (path / "model" / "config.json").exists() else path
-    if not (folder / "config.json").exists() or not weights_file(folder).exists():
+    missing = [path.name for path in (folder / "config.json", weights_file(folder)) if not path.exists()]
+    if missing:
         unfinished = (path / "checkpoints").exists()
-        why = (
-            "its training is not finished: resume it" if unfinished else "it holds no config.json and model.safetensors"
-        )
+        why = "its training is not finished: resume it" if unfinished else f"it holds no {' and no '.join(missing)}"
         raise InputError(f"no model in {path}: {why}")
     model = load_pretrained(folder)
     return model, _tokenizer_of(model, folder / "tokenizer.json")

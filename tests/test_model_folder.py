@@ -12,6 +12,7 @@ from antlm_fast.evaluation.sentence_scores import READ_OUTS, score_sentences
 from antlm_fast.models import BabyLlamaConfig, GptBertConfig, LtgBertConfig, build_model
 from antlm_fast.models.decoding import generate
 from antlm_fast.pipeline import open_model, save_model
+from antlm_fast.types import InputError
 
 transformers = pytest.importorskip("transformers")
 exported = pytest.importorskip("antlm_fast.models.modeling_antlm_bert")
@@ -94,6 +95,14 @@ def test_what_transformers_saved_in_several_files_is_opened_and_scores_the_same(
     for read_out in READ_OUTS:
         before, after = (score_sentences(*who, SENTENCES, read_out) for who in ((model, tokenizer), (again, own)))
         assert before.sums.tolist() == after.sums.tolist()
+
+
+def test_what_a_folder_lacks_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no model in .*: it holds no config.json and no model.safetensors$"):
+        open_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no model in .*: it holds no model.safetensors$"):
+        open_model(tmp_path)
 
 
 def test_a_text_that_is_too_long_is_cut_to_what_the_model_takes(saved):

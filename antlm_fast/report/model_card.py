@@ -172,7 +172,7 @@ def _loading(record: RunRecord) -> str:
             'folder = "."  # of this file; or its name on the Hub\n'
             f"causal = AutoModelForCausalLM.from_pretrained(folder{code})  # sees the past\n"
             f"tokenizer = AutoTokenizer.from_pretrained(folder{code})\n"
-            'print(pipeline("text-generation", model=causal, tokenizer=tokenizer)("The cat"))\n\n'
+            'print(pipeline("text-generation", model=causal, tokenizer=tokenizer)("The cat", max_new_tokens=20))\n\n'
             f"masked = AutoModelForMaskedLM.from_pretrained(folder, {options})  # sees the whole text\n"
             f"tokenizer = AutoTokenizer.from_pretrained(folder, {options})\n{fill}"
             "```\n\n"
