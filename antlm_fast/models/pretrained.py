@@ -33,7 +33,7 @@ EURO_BERT = LLAMA | {
 }
 MASKED_FOLDER = "masked"
 CODE_FILES = ("configuration_antlm_bert.py", "layers_antlm_bert.py", "modeling_antlm_bert.py")
-BERT = {"architectures": ["AntlmBertForMaskedLM"], "model_type": "antlm_bert", "tie_word_embeddings": True}
+BERT = {"model_type": "antlm_bert", "tie_word_embeddings": True}
 AUTO_CLASSES = {
     "AutoConfig": "configuration_antlm_bert.AntlmBertConfig",
     "AutoModel": "modeling_antlm_bert.AntlmBertModel",
@@ -74,9 +74,12 @@ def save_pretrained(model: LanguageModel, folder: Path, *, token_ids: dict[str, 
         _write_folder(masked, EURO_BERT | values | rotary, tensors)
         return
     tensors = {_exported_name(name): tensor for name, tensor in tensors.items()}
-    classes = {auto: own for auto, own in AUTO_CLASSES.items() if auto != "AutoModelForCausalLM"}
-    for each, auto_map in ((folder, AUTO_CLASSES), (masked, classes)):
-        _write_folder(each, BERT | values | {"auto_map": auto_map}, tensors)
+    not_causal = {auto: own for auto, own in AUTO_CLASSES.items() if auto != "AutoModelForCausalLM"}
+    for each, own, auto_map in (
+        (folder, "AntlmBertForCausalLM", AUTO_CLASSES),
+        (masked, "AntlmBertForMaskedLM", not_causal),
+    ):
+        _write_folder(each, BERT | values | {"architectures": [own], "auto_map": auto_map}, tensors)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name(name), each / name)
 
