@@ -204,9 +204,10 @@ def _config(options: argparse.Namespace) -> TrainConfig | None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from antlm_fast.environment import resolve_device, resolve_precision
     from antlm_fast.evaluation.held_out_text import score_text
     from antlm_fast.evaluation.minimal_pairs import format_table
-    from antlm_fast.pipeline import open_model, resolve_device, resolve_precision, score_pairs
+    from antlm_fast.pipeline import open_model, score_pairs
 
     if not options.pairs and not options.text:
         raise InputError("--pairs or --text must be given; got neither")

@@ -10,6 +10,7 @@ from importlib import metadata
 
 import torch
 
+from antlm_fast.environment import resolve_device, resolve_precision
 from antlm_fast.kernels.attention import OPS as ATTENTION_OPS
 from antlm_fast.kernels.attention import AttentionCall
 from antlm_fast.kernels.disentangled_attention import OPS as DISENTANGLED_ATTENTION_OPS
@@ -21,7 +22,6 @@ from antlm_fast.kernels.linear_cross_entropy import LinearCrossEntropyCall
 from antlm_fast.kernels.mixed_linear import OPS as MIXED_LINEAR_OPS
 from antlm_fast.kernels.mixed_linear import MixedLinearCall
 from antlm_fast.kernels.native import library as native
-from antlm_fast.pipeline import resolve_device, resolve_precision
 
 DTYPE = torch.bfloat16  # what the rows below are asked for
 

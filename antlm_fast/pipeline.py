@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,8 +19,10 @@ from antlm_fast.data.prepare import cache_root, prepare
 from antlm_fast.data.rows import Rows
 from antlm_fast.data.token_store import TokenStore
 from antlm_fast.data.tokenizer import Tokenizer, train_tokenizer
+from antlm_fast.environment import resolve_device, resolve_precision, versions
 from antlm_fast.evaluation.minimal_pairs import evaluate_pairs, format_table, load_pairs
 from antlm_fast.models import LanguageModel, build_model, load_pretrained, load_public_checkpoint, save_pretrained
+from antlm_fast.models.pretrained import MASKED_FOLDER, weights_file
 from antlm_fast.report import write_report
 from antlm_fast.schedule import Schedule
 from antlm_fast.training.checkpoint import latest_checkpoint, load_weights
@@ -47,7 +47,6 @@ FREE = (
     "evaluation.read_outs",
 )
 MANY_PHASES = 10  # whose checkpoints are a surprise on the disk
-VERSIONED = ("antlm_fast", "torch", "numpy", "tokenizers", "safetensors")
 
 
 def train(config: TrainConfig | None, run_folder: Path, *, resume: bool = False) -> Path:
@@ -139,8 +138,9 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         load_weights(path, model)
         return model.eval(), _tokenizer_of(model, run_folder / "tokenizer.json")
     folder = path / "model" if (path / "model" / "config.json").exists() else path
-    if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
-        why = "it holds no config.json and model.safetensors"
+    missing = [file.name for file in (folder / "config.json", weights_file(folder)) if not file.exists()]
+    if missing:
+        why = f"it holds no {' and no '.join(missing)}"
         if (path / "checkpoints").exists():
             newest = latest_checkpoint(path / "checkpoints")
             why = "its training is not finished: resume it" + (f", or give the checkpoint {newest}" if newest else "")
@@ -149,6 +149,18 @@ def open_model(path: Path) -> tuple[LanguageModel, Tokenizer]:
         raise InputError(f"no model in {path}: {why}")
     model = load_pretrained(folder)
     return model, _tokenizer_of(model, folder / "tokenizer.json")
+
+
+def save_model(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """A model folder with its tokenizers, for `open_model` and for transformers.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    save_pretrained(model, folder, token_ids=tokenizer.role_ids)
+    longest = model.config.max_position_embeddings
+    tokenizer.save_pretrained_files(folder, model_max_length=longest, causal=True)
+    tokenizer.save_pretrained_files(folder / MASKED_FOLDER, model_max_length=longest)
 
 
 def import_checkpoint(
@@ -167,7 +179,7 @@ def import_checkpoint(
         raise InputError(f"output must be a folder that does not exist; got {folder}")
     model = load_public_checkpoint(weights, num_attention_heads=num_attention_heads, config=config)
     beside = (weights if weights.is_dir() else weights.parent) / "tokenizer.json"
-    _write_model(model, _tokenizer_of(model, beside), folder)
+    save_model(model, _tokenizer_of(model, beside), folder)
     return model
 
 
@@ -183,13 +195,8 @@ def export_model(path: Path, folder: Path) -> LanguageModel:
     if folder.exists():
         raise InputError(f"output must be a folder that does not exist; got {folder}")
     model, tokenizer = open_model(path)
-    _write_model(model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
     return model
-
-
-def _write_model(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
-    save_pretrained(model, folder, token_ids=tokenizer.role_ids)
-    tokenizer.save_pretrained_files(folder)
 
 
 def _tokenizer_of(model: LanguageModel, path: Path) -> Tokenizer:
@@ -208,41 +215,6 @@ def score_pairs(
     return evaluate_pairs(
         model, tokenizer, load_pairs(source), read_outs=read_outs, source=source, precision=precision, progress=True
     )
-
-
-def resolve_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"device must be 'auto', 'cpu' or 'cuda'; got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device must be one that torch can use; got {device!r}, and torch sees no CUDA device")
-    return device
-
-
-def resolve_precision(precision: str, device: str) -> Literal["float32", "bfloat16"]:
-    """ "auto" is bfloat16 where the hardware multiplies matrices in it, else float32."""
-    if precision != "auto":
-        return "bfloat16" if precision == "bfloat16" else "float32"
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    read_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.13 has it
-    capabilities = read_capabilities()
-    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on: packages, Python, machine, threads."""
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-    for package in VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    found["torch"] = torch.__version__
-    return found
 
 
 def _resolved(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -276,7 +248,7 @@ def _finish(config: TrainConfig, model: LanguageModel, tokenizer: Tokenizer, run
     finished, writing = run_folder / "model", run_folder / ".writing_model"
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        _write_model(model, tokenizer, writing)
+        save_model(model, tokenizer, writing)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,13 +73,10 @@ def train_fails(capsys, tmp_path, *arguments):
 def test_a_run_folder_holds_what_the_readme_says(run):
     names = {path.name for path in run.iterdir()}
     expected = {"config.json", "tokenizer.json", "metrics.jsonl", "throughput.jsonl", "checkpoints", "model"}
-    assert expected | {"README.md", "report.html", "loss.png"} <= names
-    assert {path.name for path in (run / "model").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert expected | {"report.html", "loss.png"} <= names
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (run / "model").iterdir()} == model | {"README.md", "masked"}
+    assert {path.name for path in (run / "model" / "masked").iterdir()} == model
     config = json.loads((run / "config.json").read_text())
     assert (
         config["config"]["model"]["vocab_size"] == json.loads((run / "model" / "config.json").read_text())["vocab_size"]
@@ -86,6 +84,26 @@ def test_a_run_folder_holds_what_the_readme_says(run):
     assert config["data"]["train"]["num_tokens"] > 4000
     assert len(config["data"]["train"]["fingerprint"]) == 64
     assert {"torch", "python", "threads"} <= set(config["versions"])
+
+
+def test_what_a_run_writes_may_be_read_by_whom_the_umask_lets(run, cache, tmp_path):
+    (tmp_path / "file").touch()
+    files = [path for folder in (run, cache) for path in folder.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "optimizer.safetensors", "report.html"} <= {path.name for path in files}
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
+
+
+def test_the_card_of_the_model_loads_it_as_it_says(run, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(run / "model")
+    for block in blocks:
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert "generated_text" in printed
+    assert "token_str" in printed
 
 
 def test_eval_scores_pairs_and_text(run, tmp_path, capsys):

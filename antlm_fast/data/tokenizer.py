@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from antlm_fast.data.exported_tokenizer import differences, exported_form, num_end_ids, restored_form
 from antlm_fast.data.tokenizer_training import (
     BPE_SPECIALS,
     WORD_PIECE_SPECIALS,
@@ -38,6 +39,8 @@ ROLES = {
     "pad_token": ("<pad>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),
 }
+# where tokenizer_config.json keeps what an exported tokenizer.json differs in from the one of training
+TRAINING_FORM = "antlm_fast_training_form"
 _TEXTS_PER_BATCH = 1000
 
 
@@ -120,40 +123,35 @@ class Tokenizer:
     def encode_beginning(self, text: str) -> list[int]:
         """The ids of a text that is to be continued: the template without the special tokens at its end."""
         ids = self.encode(text)
-        while len(ids) > 1 and ids[-1] in self.special_id_set:
-            ids.pop()
-        return ids
+        return ids[: max(len(ids) - self._num_end_ids, 1)]
 
     @property
     def document_end(self) -> list[int]:
         """What data preparation puts after a document, so that it does not run into the next: the end token, if there
         is one and the file's template puts nothing after a text."""
         end = self.role_ids.get("eos_token_id")
-        bare = self._backend.encode("a", add_special_tokens=False).ids
-        ended = self.encode("a")[-len(bare) :] != bare
-        return [] if end is None or ended else [end]
+        return [] if end is None or self._num_end_ids else [end]
 
     def encode_with_masks(self, text: str) -> list[int]:
         """The ids of a text in which the mask token, where it is written out, hides a token.
 
-        A blank before a written mask belongs to the hidden token, as it would to a word.
+        A blank before a written mask belongs to the hidden token, as it would to a word. These are the ids that the
+        tokenizer gives which is exported for masks, unless other special tokens are written out: those are text here.
         """
-        first, *others = re.split(rf"\s*{re.escape(self.mask_token)}", text)
-        ids = self.encode_beginning(first)
-        end = self.encode(first)[len(ids) :]
-        for part in others:
-            ids += [self.mask_id, *self._continuation(part)]
-        return ids + end
+        ids: list[int] = self._mask_backend.encode(text).ids
+        return ids
 
-    def _continuation(self, text: str) -> list[int]:
-        """The ids of a text in the middle of another, without the blank that some tokenizers put before it."""
-        before = self.encode_beginning("a")
-        whole = self.encode_beginning("a" + text)
-        return (
-            whole[len(before) :]
-            if whole[: len(before)] == before
-            else self._backend.encode(text, add_special_tokens=False).ids
-        )
+    @cached_property
+    def _num_end_ids(self) -> int:
+        return num_end_ids(json.loads(self._json)["post_processor"])
+
+    @cached_property
+    def _mask_backend(self) -> Any:
+        """The tokenizer that is exported for masks, reading no special token out of text but the mask."""
+        form = exported_form(json.loads(self._json), self.mask_token, self.mask_id, ends=True, special=False)
+        backend = _import_tokenizers().Tokenizer.from_str(json.dumps(form))
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids. The space that the trained kinds put before the first word is kept, so that the
@@ -174,19 +172,40 @@ class Tokenizer:
         """bos_token_id, eos_token_id and so on, as far as there is such a token; mask_token_id always."""
         return {f"{role}_id": self._tokens[token] for role, token in self._role_tokens().items()}
 
-    def save_pretrained_files(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json as Hugging Face's `PreTrainedTokenizerFast` reads them."""
+    def save_pretrained_files(
+        self, folder: str | Path, *, model_max_length: int | None = None, causal: bool = False
+    ) -> None:
+        """Write tokenizer.json and tokenizer_config.json as Hugging Face's `PreTrainedTokenizerFast` reads them.
+
+        Theirs encodes as `encode_with_masks` does. `load` of the folder gives this tokenizer again, also after they
+        saved it.
+
+        Args:
+            model_max_length: the model's longest sequence, in tokens; None leaves texts as long as they are.
+            causal: for a model that continues texts: theirs adds the template's beginning and no end, as
+                `encode_beginning` does, and has no mask token, so that who fills masks is told to look elsewhere.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        description = json.loads(self._json)
+        exported = exported_form(description, self.mask_token, self.mask_id, ends=not causal)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             # the default names token_type_ids too, which decoder classes refuse
             "model_input_names": ["input_ids", "attention_mask"],
         }
+        if model_max_length is not None:
+            settings["model_max_length"] = model_max_length
         settings |= self._role_tokens()
-        _write_text(folder / "tokenizer.json", self._json)
-        _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        if causal:
+            del settings["mask_token"]
+        else:  # spelled out: of a name alone they make a token that is not normalized
+            flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": True}
+            settings["mask_token"] = {"__type": "AddedToken", "content": self.mask_token} | flags
+        settings[TRAINING_FORM] = differences(description, self.mask_token)
+        for name, document in (("tokenizer.json", exported), ("tokenizer_config.json", settings)):
+            _write_text(folder / name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
     def _role_tokens(self) -> dict[str, str]:
         present = {role: next((name for name in names if name in self._tokens), None) for role, names in ROLES.items()}
@@ -194,7 +213,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or the folder that holds one.
+        """Read a tokenizer.json, or the folder that holds one; an exported one as it was in training.
 
         Raises:
             InputError: it is missing, not JSON, or not a tokenizer.
@@ -205,13 +224,13 @@ class Tokenizer:
             path = path / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"tokenizer must be a tokenizer.json file; got {path}, which does not exist")
+        description = _read_json(path)
+        beside = path.with_name("tokenizer_config.json")
+        settings = _read_json(beside) if path.name == "tokenizer.json" and beside.is_file() else {}
         try:
-            text = read_text(path, "tokenizer")
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"tokenizer must be a JSON file; got {path}, which is not JSON: {error}") from error
-        try:
-            backend = library.Tokenizer.from_str(text)
+            if isinstance(settings, dict) and TRAINING_FORM in settings:
+                description = restored_form(description, settings[TRAINING_FORM])
+            backend = library.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises bare Exception
             raise InputError(
                 f"tokenizer must be a file of the tokenizers library; got {path}, which is not one: {error}"
@@ -244,6 +263,13 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
     train = train_byte_level_bpe if config.kind == "byte_level_bpe" else train_word_piece
     return Tokenizer(train(batches(), config.vocab_size, config.min_frequency))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path, "tokenizer"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"tokenizer must be a JSON file; got {path}, which is not JSON: {error}") from error
 
 
 def _find_mask_token(backend: Any) -> str | None:

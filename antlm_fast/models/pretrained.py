@@ -1,7 +1,8 @@
 """Models on disk, in Hugging Face's layout: model.safetensors and a config.json.
 
-A BabyLlama is read by stock LlamaForCausalLM. LtgBert and GptBert have no stock class: their folder holds one as well,
-modeling_antlm_bert.py, which AutoModelForMaskedLM and AutoModelForCausalLM take with trust_remote_code=True.
+A folder is read causally, the folder `masked` in it, which holds the same weights, as a masked model; so each can have
+the tokenizer of its read-out. A BabyLlama is read by stock classes, LlamaForCausalLM and EuroBertForMaskedLM. LtgBert
+and GptBert have none: their folders bring modelling files, which transformers takes with trust_remote_code=True.
 """
 
 from __future__ import annotations
@@ -25,28 +26,31 @@ from antlm_fast.types import InputError
 from antlm_fast.user_text import read_text
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False}
-MODELING_FILE = "modeling_antlm_bert.py"
-BERT = {
-    "architectures": ["AntlmBertForMaskedLM"],
-    "model_type": "antlm_bert",
-    "tie_word_embeddings": True,
-    "auto_map": {
-        auto: f"{Path(MODELING_FILE).stem}.{own}"
-        for auto, own in {
-            "AutoConfig": "AntlmBertConfig",
-            "AutoModel": "AntlmBertModel",
-            "AutoModelForMaskedLM": "AntlmBertForMaskedLM",
-            "AutoModelForCausalLM": "AntlmBertForCausalLM",
-        }.items()
-    },
+# a Llama in which every token sees the whole sequence, with the same parameter names; its ids are another vocabulary's
+EURO_BERT = LLAMA | {
+    "architectures": ["EuroBertForMaskedLM"],
+    "model_type": "eurobert",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
 }
+MASKED_FOLDER = "masked"
+CODE_FILES = ("configuration_antlm_bert.py", "layers_antlm_bert.py", "modeling_antlm_bert.py")
+BERT = {"model_type": "antlm_bert", "tie_word_embeddings": True}
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_antlm_bert.AntlmBertConfig",
+    "AutoModel": "modeling_antlm_bert.AntlmBertModel",
+    "AutoModelForMaskedLM": "modeling_antlm_bert.AntlmBertForMaskedLM",
+    "AutoModelForCausalLM": "modeling_antlm_bert.AntlmBertForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_antlm_bert.AntlmBertForSequenceClassification",
+}
+INDEX = "model.safetensors.index.json"
 
 
 def save_pretrained(model: LanguageModel, folder: Path, *, token_ids: dict[str, int] | None = None) -> None:
-    """Write model.safetensors (float32 or as held), config.json and, for LtgBert and GptBert, their modelling file.
+    """Write model.safetensors (float32 or as held), config.json and, for LtgBert and GptBert, their modelling files.
 
-    A BabyLlama is then read by `LlamaForCausalLM.from_pretrained`, the others by `AutoModelForMaskedLM` and
-    `AutoModelForCausalLM` with trust_remote_code=True; what these save again, `load_pretrained` reads.
+    The folder is for `AutoModelForCausalLM`, its folder MASKED_FOLDER for `AutoModelForMaskedLM`, `AutoModel` and
+    `AutoModelForSequenceClassification`; LtgBert's and GptBert's take all four, but for the masked one, which refuses
+    the first. What these save again, `load_pretrained` reads, unless it has another head.
 
     Args:
         token_ids: bos_token_id, eos_token_id, pad_token_id, mask_token_id, as far as the tokenizer has them.
@@ -56,36 +60,47 @@ def save_pretrained(model: LanguageModel, folder: Path, *, token_ids: dict[str, 
         TypeError: the model's config is none of MODEL_CONFIGS.
     """
     config = _known_config(model)
-    folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = asdict(config)
+    values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    values |= token_ids or {}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    masked = folder / MASKED_FOLDER
     if isinstance(config, BabyLlamaConfig):
         del values["architecture"]
-        values = LLAMA | values | {"num_key_value_heads": config.kv_heads}
+        values["num_key_value_heads"] = config.kv_heads
         if config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-    else:
-        values = BERT | values
-        tensors = {_exported_name(name): tensor for name, tensor in tensors.items()}
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    text = json.dumps({"dtype": dtype} | values | (token_ids or {}), indent=2)
-    try:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(f"{folder / 'model.safetensors'} could not be written: {error}") from None
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    if not isinstance(config, BabyLlamaConfig):
-        shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+        rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+        _write_folder(folder, LLAMA | values, tensors)
+        _write_folder(masked, EURO_BERT | values | rotary, tensors)
+        return
+    tensors = {_exported_name(name): tensor for name, tensor in tensors.items()}
+    not_causal = {auto: own for auto, own in AUTO_CLASSES.items() if auto != "AutoModelForCausalLM"}
+    for each, own, auto_map in (
+        (folder, "AntlmBertForCausalLM", AUTO_CLASSES),
+        (masked, "AntlmBertForMaskedLM", not_causal),
+    ):
+        _write_folder(each, BERT | values | {"architectures": [own], "auto_map": auto_map}, tensors)
+        for name in CODE_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), each / name)
+
+
+def _write_folder(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_pretrained(folder: Path) -> LanguageModel:
     """The model of a folder written by `save_pretrained`, or by Hugging Face for one or for a Llama without biases.
 
+    It is in evaluation mode, without dropout: `model.train()` before it is trained on.
+
     Raises:
         InputError: a file is missing or damaged, or the folder holds another kind of model.
     """
     config = read_model_config(folder / "config.json")
-    path = folder / "model.safetensors"
+    path = weights_file(folder)
     tensors = read_safetensors(path)
     if not isinstance(config, BabyLlamaConfig):
         tensors = _own_tensors(tensors, path)
@@ -97,7 +112,7 @@ def load_pretrained(folder: Path) -> LanguageModel:
     except RuntimeError as error:
         reason = str(error).split("\n\t")[1 if "\n\t" in str(error) else 0]
         raise InputError(f"{path} does not fit {folder / 'config.json'}: {reason}") from None
-    return model
+    return model.eval()
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -110,11 +125,11 @@ def read_model_config(path: Path) -> ModelConfig:
     kind = values.get("model_type")
     if kind == BERT["model_type"]:
         return _bert_config(values, path)
-    if kind == LLAMA["model_type"]:
+    if kind in (LLAMA["model_type"], EURO_BERT["model_type"]):
         return _llama_config(values, path)
     public = "position_bucket_size" in values
     hint = " (a public LTG-BERT or GPT-BERT is read by load_public_checkpoint)" if public else ""
-    raise InputError(f"{path}: model_type must be 'llama' or 'antlm_bert'; got {kind!r}{hint}")
+    raise InputError(f"{path}: model_type must be 'llama', 'eurobert' or 'antlm_bert'; got {kind!r}{hint}")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -134,18 +149,57 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+def weights_file(folder: Path) -> Path:
+    """The folder's model.safetensors, or the index of the files into which it was cut; the first where neither is."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    return index if index.exists() and not whole.exists() else whole
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """The tensors of a file, or of all files that an index names.
 
     Raises:
-        InputError: there is no file, or it is damaged.
+        InputError: there is no file, it is damaged, or an index and its files do not fit.
     """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     try:
         return load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; the model's weights must be there") from None
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or cut short ({error})") from None
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    names: Any = read_settings(index).get("weight_map")
+    files = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
+        raise InputError(
+            f"{index}: weight_map must name a .safetensors file of its folder for each tensor; got {str(names)[:60]}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files)):
+        tensors |= read_safetensors(index.with_name(file))
+    missing = sorted(set(names) - set(tensors))
+    if missing:
+        raise InputError(f"{index}: {missing[0]} must be in {names[missing[0]]}; it is not there")
+    return tensors
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file that those may read whom the umask lets; safetensors' own would be its owner's alone.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # asking for the umask would mean to change it, in all threads
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(f"{path} could not be written: {error}") from None
+    path.chmod(mode)
 
 
 def _llama_config(values: dict[str, Any], path: Path) -> BabyLlamaConfig:

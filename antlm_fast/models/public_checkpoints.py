@@ -29,7 +29,7 @@ from antlm_fast.kernels.disentangled_attention import relative_bucket
 from antlm_fast.models.baby_llama import BabyLlamaConfig
 from antlm_fast.models.gpt_bert import GptBert, GptBertConfig
 from antlm_fast.models.ltg_bert import LtgBert, LtgBertConfig
-from antlm_fast.models.pretrained import checked_config, read_safetensors, read_settings
+from antlm_fast.models.pretrained import INDEX, checked_config, read_safetensors, read_settings
 from antlm_fast.types import InputError
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # data parallelism, torch.compile, a Hugging Face class around the body
@@ -76,11 +76,11 @@ FEED_FORWARD = {"feed_forward.wide.weight": "mlp.1.weight", "feed_forward.narrow
 def load_public_checkpoint(
     path: Path, *, num_attention_heads: int | None = None, config: Path | None = None, ema: bool = True
 ) -> LtgBert | GptBert:
-    """The model of a public checkpoint; its logits are the public model's.
+    """The model of a public checkpoint, in evaluation mode; its logits are the public model's.
 
     Args:
-        path: a .safetensors, .bin or .pt file, or a folder with model.safetensors or pytorch_model.bin. A training
-            state is taken apart. Nothing but tensors and plain values is ever unpickled.
+        path: a .safetensors, .bin or .pt file, or a folder with model.safetensors (or its parts, and their index) or
+            pytorch_model.bin. A training state is taken apart. Nothing but tensors and plain values is ever unpickled.
         num_attention_heads: None reads it from the config.
         config: the checkpoint's settings as JSON; None takes config.json beside the weights if it is there.
         ema: of a training state that holds weights and their moving average, take the average.
@@ -99,7 +99,7 @@ def load_public_checkpoint(
         raise InputError(f"{weights}: {error}") from None
     model: LtgBert | GptBert = LtgBert(own) if isinstance(own, LtgBertConfig) else GptBert(own)
     model.load_state_dict(tensors)
-    return model
+    return model.eval()
 
 
 def convert_state_dict(
@@ -291,14 +291,16 @@ def _check_shapes(
 def _weights_file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", INDEX, "pytorch_model.bin"):
         if (path / name).exists():
             return path / name
-    raise InputError(f"{path} must hold model.safetensors or pytorch_model.bin; got neither")
+    cut = "; its pytorch_model.bin.index.json names parts, which are read as .safetensors alone"
+    also = cut if (path / "pytorch_model.bin.index.json").exists() else ""
+    raise InputError(f"{path} must hold model.safetensors or pytorch_model.bin; got neither{also}")
 
 
 def _read_weights(path: Path, *, ema: bool) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.name == INDEX:
         return read_safetensors(path)
     if path.suffix not in (".bin", ".pt", ".pth"):
         raise InputError(f"the file of weights must end in .safetensors, .bin, .pt or .pth; got {path.name}")

@@ -1,11 +1,19 @@
-"""README.md of a run: what the model is, how it was trained, what it scores, how to load it."""
+"""README.md of a model folder: what the model is, how it was trained, what it scores, how to load it."""
 
 from __future__ import annotations
 
 import json
+import re
 
 from antlm_fast.report import numbers
-from antlm_fast.report.run_record import RunRecord
+from antlm_fast.report.run_record import PhaseRecord, RunRecord
+
+OBJECTIVES = {
+    "CLM": "causal language modelling",
+    "MLM": "masked language modelling",
+    "MNTP": "masked next-token prediction",
+}
+SIGHT = {"causal": " under the causal mask", "full": " with the whole text in sight"}
 
 SIZES = {
     "num_hidden_layers": "layers",
@@ -39,15 +47,32 @@ def _reads_one_before(record: RunRecord) -> bool:
     return bool(masked) and "MNTP" in masked[-1]
 
 
+def _objectives(phase: PhaseRecord) -> list[str]:
+    """The objectives of a phase, as its batches have them: a mix has two, unless one has no share."""
+    name = phase.objective.partition("@")[0]
+    mix = re.fullmatch(r"MIX\(([0-9.]+)(?:,(\w+))?\)", name)
+    if mix is None:
+        return [name]
+    share, masked = float(mix[1]), mix[2] or "MLM"
+    return ["CLM"] * (share < 1) + [masked] * (share > 0)
+
+
+def _trained(record: RunRecord) -> dict[str, bool]:
+    """Which read-outs were trained."""
+    names = {name for phase in record.phases for name in _objectives(phase)}
+    return {"causal": "CLM" in names, "masked": bool(names - {"CLM"})}
+
+
 def _front_matter(record: RunRecord) -> str:
-    lines = ["---", f"model_name: {json.dumps(record.name)}"]  # a JSON text is a YAML text, quotes included
-    if _is_llama(record):
-        lines += ["library_name: transformers", "pipeline_tag: text-generation"]
-    if _is_exported_bert(record):
-        # a fill-mask pipeline reads a mask at its own position
-        task = "text-generation" if _reads_one_before(record) else "fill-mask"
+    name = "".join(sign if sign.isprintable() else " " for sign in record.name)
+    # what is left of a JSON text is a YAML text, quotes included
+    lines = ["---", f"model_name: {json.dumps(name, ensure_ascii=False)}"]
+    trained = _trained(record)
+    if _is_llama(record) or _is_exported_bert(record):
+        task = "text-generation" if trained["causal"] else "fill-mask"
         lines += ["library_name: transformers", f"pipeline_tag: {task}"]
-    return "\n".join([*lines, "tags:", "  - antlm", "  - causal-lm", "  - masked-lm", "---"])
+    tags = ["antlm"] * all(trained.values()) + [f"{read_out}-lm" for read_out in trained if trained[read_out]]
+    return "\n".join([*lines, "tags:", *(f"  - {tag}" for tag in tags or ["antlm"]), "---"])
 
 
 def _about(record: RunRecord) -> str:
@@ -55,13 +80,30 @@ def _about(record: RunRecord) -> str:
     rows = [f"| parameters | {numbers.count(record.num_parameters)} |"] if record.num_parameters else []
     rows += [f"| {label} | {_cell(sizes[key])} |" for key, label in SIZES.items() if sizes.get(key) is not None]
     layout = " Its weights have the layout of `LlamaForCausalLM`." if _is_llama(record) else ""
-    mixed = any(phase.objective.startswith("MIX") for phase in record.phases)
-    how = "both in every batch" if mixed else "in turns"
     about = (
-        f"# {_cell(record.name)}\n\nOne transformer trained by causal and by masked language modelling, {how}, with "
-        f"`antlm_fast`: the same weights continue a text and fill its gaps (AntLM, arXiv 2412.03275).{layout}"
+        f"# {_cell(record.name)}\n\nOne transformer trained {_how(record)} with `antlm_fast`{_purpose(record)}.{layout}"
     )
     return about + ("\n\n| size | |\n|---|---|\n" + "\n".join(rows) if rows else "")
+
+
+def _how(record: RunRecord) -> str:
+    """The objectives of the phases, each once: "by causal language modelling and by ..., in turns,"."""
+    phrases = []
+    for phase in record.phases:
+        names = _objectives(phase)
+        phrase = " and ".join(f"by {OBJECTIVES.get(name, _cell(name))}" for name in names)
+        sight = SIGHT.get(phase.objective.partition("@")[2], "")
+        phrases.append(phrase + sight + (", both in every batch" if len(names) > 1 else ""))
+    distinct = list(dict.fromkeys(phrases))
+    how = " and ".join(distinct) + (", in turns" if len(distinct) > 1 else "")
+    return how + "," * ("," in how)
+
+
+def _purpose(record: RunRecord) -> str:
+    trained = _trained(record)
+    if all(trained.values()):
+        return ": the same weights continue a text and fill its gaps (AntLM, arXiv 2412.03275)"
+    return ": it was never trained to " + ("fill gaps" if trained["causal"] else "continue a text")
 
 
 def _model_settings(record: RunRecord) -> dict[str, object]:
@@ -108,40 +150,46 @@ def _results(record: RunRecord) -> str:
 
 
 def _loading(record: RunRecord) -> str:
-    if not record.model_config:
-        return ""
     blocks = ["## Use"]
-    if _is_llama(record):
-        blocks.append(
-            "With transformers, in the folder of this file (causal read-out):\n\n"
-            "```python\n"
-            "from transformers import AutoTokenizer, LlamaForCausalLM\n\n"
-            'model = LlamaForCausalLM.from_pretrained("model")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("model")\n'
-            "```"
+    if _is_llama(record) or _is_exported_bert(record):
+        code = "" if _is_llama(record) else ", trust_remote_code=True"
+        options = 'subfolder="masked"' + code
+        fill = (
+            ""
+            if _reads_one_before(record)
+            # the pipeline reads a mask at its own position
+            else (
+                'fill_mask = pipeline("fill-mask", model=masked, tokenizer=tokenizer)\n'
+                'print(fill_mask(f"The {tokenizer.mask_token} sleeps."))\n'
+            )
         )
-    if _is_exported_bert(record):
+        whose = "stock classes" if _is_llama(record) else "its modelling code lies beside the weights"
         blocks.append(
-            "With transformers, in the folder of this file; the modelling code lies beside the weights:\n\n"
+            f"With transformers ({whose}). A read-out has a folder, with the same weights and the tokenizer that goes "
+            "with it: this one begins a text and leaves it open, the one in `masked` also ends it, as training did.\n\n"
             "```python\n"
-            "from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer\n\n"
-            'masked = AutoModelForMaskedLM.from_pretrained("model", trust_remote_code=True)  # sees the whole text\n'
-            'causal = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)  # sees the past alone\n'
-            'tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)\n'
-            "```"
+            "from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline\n\n"
+            'folder = "."  # of this file; or its name on the Hub\n'
+            f"causal = AutoModelForCausalLM.from_pretrained(folder{code})  # sees the past\n"
+            f"tokenizer = AutoTokenizer.from_pretrained(folder{code})\n"
+            'print(pipeline("text-generation", model=causal, tokenizer=tokenizer)("The cat", max_new_tokens=20))\n\n'
+            f"masked = AutoModelForMaskedLM.from_pretrained(folder, {options})  # sees the whole text\n"
+            f"tokenizer = AutoTokenizer.from_pretrained(folder, {options})\n{fill}"
+            "```\n\n"
+            "AutoModel (hidden states) and AutoModelForSequenceClassification (a new head) load from `masked` alike."
         )
     if _reads_one_before(record):
         blocks.append("It was trained by MNTP: a hidden token's logits are those of the position before it.")
     shift = ", shift=1" if _reads_one_before(record) else ""
     blocks.append(
-        "With antlm_fast, continuing a text (causal read-out) and filling a gap (masked read-out):\n\n"
+        "With antlm_fast, in the folder of this file, continuing a text and filling a gap:\n\n"
         "```python\n"
         "from pathlib import Path\n\n"
         "from antlm_fast.data.tokenizer import Tokenizer\n"
         "from antlm_fast.models.decoding import fill, generate\n"
         "from antlm_fast.models.pretrained import load_pretrained\n\n"
-        'model = load_pretrained(Path("model"))\n'
-        'tokenizer = Tokenizer.load("model")\n'
+        'model = load_pretrained(Path("."))\n'
+        'tokenizer = Tokenizer.load(".")\n'
         "special = tokenizer.special_id_set\n\n"
         'prompt = tokenizer.encode_beginning("The cat")\n'
         "print(tokenizer.decode(generate(model, prompt, 20, banned_ids=special)))\n\n"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from antlm_fast.models.pretrained import write_safetensors
 from antlm_fast.types import InputError
 
 PREFIX = "step_"
@@ -177,10 +177,7 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(f"{path} could not be written: {error}") from None
+    write_safetensors({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

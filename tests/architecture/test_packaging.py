@@ -48,7 +48,8 @@ def test_a_wheel_holds_every_kernel_file(installed):
     assert {Path("attention/tiles.json"), Path("native/attention.cpp"), Path("native/simd.h")} <= sources
     assert kernel_files(installed / "antlm_fast" / "kernels") == sources | {Path("__init__.py")}
     # what an exported model needs to be loaded elsewhere
-    assert (installed / "antlm_fast" / "models" / "modeling_antlm_bert.py").is_file()
+    for name in ("configuration", "layers", "modeling"):
+        assert (installed / "antlm_fast" / "models" / f"{name}_antlm_bert.py").is_file()
     assert not (installed / "kernels").exists()  # a wheel with a top-level kernels would overwrite the other package
 
 

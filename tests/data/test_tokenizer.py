@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from antlm_fast.data.tokenizer import KINDS, Tokenizer, TokenizerConfig, train_tokenizer
+from antlm_fast.data.tokenizer import KINDS, TRAINING_FORM, Tokenizer, TokenizerConfig, train_tokenizer
 from antlm_fast.types import InputError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -244,6 +244,11 @@ def test_mask_token_that_is_an_ordinary_token_becomes_special(tmp_path: Path) ->
     tokenizer = existing(tmp_path / "t.json", {"[UNK]": 0, "<mask>": 1, "word": 2})
     assert tokenizer.vocabulary.special_ids == (1,)
     assert tokenizer.vocabulary.word_start.tolist() == [True, True, True]
+    assert tokenizer.encode_with_masks("word <mask> word") == [2, 1, 2]
+    tokenizer.save_pretrained_files(tmp_path / "model")
+    loaded = Tokenizer.load(tmp_path / "model")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode_with_masks("word<mask>") == [2, 1]
 
 
 def test_ids_without_a_token_are_never_drawn(tmp_path: Path) -> None:
@@ -322,6 +327,145 @@ def test_transformers_loads_the_saved_files(kind: str, roles: dict[str, str | No
             )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_for_a_causal_model_does_not_end(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained(kind)
+    tokenizer.save_pretrained_files(tmp_path, causal=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:4]:
+        assert theirs(text)["input_ids"] == tokenizer.encode_beginning(text) == tokenizer.encode(text)[:-1]
+    assert theirs.mask_token is None
+    pair = theirs("the", "cat")["input_ids"]  # two texts are set against each other, and end
+    assert [pair[0], pair[-1]] == [theirs.bos_token_id, theirs.eos_token_id]
+
+
+MASKED = [
+    "The <mask> stands",
+    "The <mask>.",
+    "<mask>",
+    "  <mask>   <mask> stands",
+    "The <mask>s sat, the<mask>",
+    "a\n<mask>\nb",
+    "(<mask>) 12<mask>34",
+    "<mask><mask>, déjà ﬁ <mask>",
+    "\tthe cat",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_puts_no_stray_blank_beside_a_mask(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained(kind)
+    tokenizer.save_pretrained_files(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in MASKED:
+        text = text.replace("<mask>", tokenizer.mask_token)
+        assert theirs(text)["input_ids"] == tokenizer.encode_with_masks(text), text
+    words = theirs.convert_ids_to_tokens(theirs(f"The {theirs.mask_token} cat.")["input_ids"])
+    assert words[-4:] == [theirs.mask_token, *tokenizer.tokens(tokenizer.encode("The cat.")[-3:])]
+
+
+def test_transformers_cuts_to_the_length_of_the_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained("byte_level_bpe")
+    tokenizer.save_pretrained_files(tmp_path, model_max_length=7)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(TEXTS[0], truncation=True)["input_ids"] == [*tokenizer.encode(TEXTS[0])[:6], theirs.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_tokenizer_is_read_as_it_was_in_training(kind: str, tmp_path: Path) -> None:
+    """Whole template included, or every score of the exported model would be another."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained(kind)
+    tokenizer.save_pretrained_files(tmp_path / "model", causal=True)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    Tokenizer.load(tmp_path / "again").save_pretrained_files(tmp_path / "ours")
+    for folder in ("model", "again", "ours"):
+        loaded = Tokenizer.load(tmp_path / folder)
+        assert loaded.encode_batch(STRANGE) == tokenizer.encode_batch(STRANGE)
+        assert loaded.fingerprint == Tokenizer.load(tmp_path / folder / "tokenizer.json").fingerprint
+        assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_a_damaged_training_form_is_one_line(tmp_path: Path) -> None:
+    trained("byte_level_bpe").save_pretrained_files(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    for form in ({}, None, [1], settings[TRAINING_FORM] | {"normalizer": {"type": "Nothing"}}):
+        config.write_text(json.dumps(settings | {TRAINING_FORM: form}))
+        with pytest.raises(InputError, match=r"tokenizer must be a file of the tokenizers library; got .*tokenizer"):
+            Tokenizer.load(tmp_path)
+    config.write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer must be a JSON file; got .*tokenizer_config.json, which is not"):
+        Tokenizer.load(tmp_path)
+
+
+def foreign(name: str) -> Any:
+    """Tokenizers that put a blank before the first word, or a template around it, in other ways than ours do."""
+    pieces = {token: i for i, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", ".", "##s", "s"])}
+    sentence = [("<unk>", 0.0), ("▁", -2.0), ("▁the", -1.0), ("▁cat", -1.5), ("cat", -3.0), ("s", -4.0), (".", -4.0)]
+    normalizers, pre_tokenizers = tokenizers.normalizers, tokenizers.pre_tokenizers
+    if name.startswith("metaspace"):
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram(sentence, unk_id=0))
+        if name == "metaspace":
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        else:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        return backend
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
+    backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    processors = tokenizers.processors
+    backend.post_processor = {
+        "bert": processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1)),
+        "roberta": processors.RobertaProcessing(("[SEP]", 2), ("[CLS]", 1)),
+        "sequence": processors.Sequence(
+            [
+                processors.ByteLevel(),
+                processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A $B [SEP]", [("[CLS]", 1), ("[SEP]", 2)]),
+            ]
+        ),
+    }[name]
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [
+        ("metaspace", [], []),
+        ("metaspace as normalizer", [], []),
+        ("bert", ["[CLS]"], ["[SEP]"]),
+        ("roberta", ["[CLS]"], ["[SEP]"]),
+        ("sequence", ["[CLS]"], ["[SEP]"]),
+    ],
+)
+def test_tokenizers_of_others_take_masks_and_leave_prompts_open(
+    name: str, begin: list[str], end: list[str], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer(foreign(name))
+    mask, space = tokenizer.mask_token, "" if begin else "▁"
+    text = f"the {mask}s cat {mask}."
+    ids = tokenizer.encode_with_masks(text)
+    assert tokenizer.tokens(ids) == [*begin, f"{space}the", mask, "s", f"{space}cat", mask, ".", *end]
+    assert tokenizer.encode_with_masks("the cat.") == tokenizer.encode("the cat.")
+    assert tokenizer.tokens(tokenizer.encode_beginning("the cat")) == [*begin, f"{space}the", f"{space}cat"]
+    for causal, expected in ((False, ids), (True, ids[: len(ids) - len(end)])):
+        tokenizer.save_pretrained_files(tmp_path, causal=causal)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs(text)["input_ids"] == expected
+        assert theirs("cat", "the")["input_ids"] == tokenizer._backend.encode("cat", "the").ids
+        assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_a_text_that_ends_with_an_unknown_word_keeps_it_when_continued() -> None:
+    tokenizer = Tokenizer(foreign("bert"))
+    assert tokenizer.tokens(tokenizer.encode_beginning("the zebra")) == ["[CLS]", "the", "[UNK]"]
+
+
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real_import = builtins.__import__
 
@@ -347,6 +491,8 @@ def test_written_masks_hide_tokens_and_leave_the_rest_as_it_is(kind):
     assert ids == expected
     assert tokenizer.encode_with_masks("the cat sat") == tokenizer.encode("the cat sat")
     assert tokenizer.encode_with_masks(tokenizer.mask_token) == [whole[0], tokenizer.mask_id, whole[-1]]
+    end = tokenizer.tokens([whole[-1]])[0]  # another special token that is written out is text
+    assert tokenizer.encode_with_masks(f"the {end} sat {tokenizer.mask_token}").count(whole[-1]) == 1
 
 
 @pytest.mark.parametrize("kind", ["byte_level_bpe", "word_piece"])

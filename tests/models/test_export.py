@@ -64,11 +64,30 @@ import json, sys
 sys.modules["antlm_fast"] = None
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForSequenceClassification
 inputs, folders, out = torch.load(sys.argv[1])
 logits = {}
 for folder in folders:
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).mask_token_id == 3
-    body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    inner = {"subfolder": "masked", "trust_remote_code": True}
+    body = AutoModel.from_pretrained(folder, **inner)
+    for side, (ids, mask) in inputs.items():
+        logits[folder, "AutoModel", side] = body(ids, attention_mask=mask).last_hidden_state.detach()
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **inner)
+    except ValueError as error:
+        assert "Unrecognized configuration class" in str(error), error
+    else:
+        raise AssertionError("the masked folder was read causally")
+    new_head, found = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, output_loading_info=True, **inner
+    )
+    assert {name.split(".")[0] for name in found["missing_keys"]} == {"classifier"}, found
+    assert not found["unexpected_keys"], found
+    new_head.save_pretrained(f"{folder}-new-head")
+    again = AutoModelForSequenceClassification.from_pretrained(f"{folder}-new-head", trust_remote_code=True)
+    ids, mask = inputs["left"]
+    assert torch.equal(again(ids, attention_mask=mask).logits, new_head(ids, attention_mask=mask).logits)
     for auto in (AutoModelForMaskedLM, AutoModelForCausalLM):
         model, found = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
         assert not any(found.values()), found
@@ -100,6 +119,10 @@ def test_a_process_without_our_package_gives_our_logits_and_what_it_saves_we_rea
     assert done.returncode == 0, done.stderr[-2000:]
     logits = torch.load(given)
     for folder, model in models.items():
+        for row, length in enumerate(LENGTHS.tolist()):  # without padding
+            theirs = logits[folder, "AutoModel", "right"][row, :length]
+            alone = model.hidden_states(IDS[row : row + 1, :length], causal=False)[0]
+            torch.testing.assert_close(theirs, alone, rtol=0, atol=2e-5)
         for auto, causal in (("AutoModelForMaskedLM", False), ("AutoModelForCausalLM", True)):
             for side, mask in MASKS.items():
                 theirs = logits[folder, auto, side][mask.bool()]
@@ -154,6 +177,48 @@ def test_labels_give_the_mean_loss_and_our_gradients(saved, causal):
     names = [{"head.bias": "head.decoder.bias"}.get(n, n if n.startswith("head.") else f"model.{n}") for n in names]
     for name, gradient in zip(names, torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(theirs.get_parameter(name).grad, gradient, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("side", MASKS)
+def test_a_new_head_classifies_the_first_token_that_is_no_padding(saved, side):
+    model, folder = saved
+    theirs = exported.AntlmBertForSequenceClassification.from_pretrained(folder, num_labels=3)
+    kept = dict(theirs.model.named_parameters())
+    for name, value in model.named_parameters():
+        assert name.startswith("head.") or torch.equal(kept[name], value), name
+    mask = MASKS[side]
+    first = our_hidden(model, mask)
+    torch.testing.assert_close(theirs(IDS, attention_mask=mask).logits, theirs.classifier(first), rtol=0, atol=2e-5)
+    torch.testing.assert_close(theirs(IDS).logits, theirs.classifier(model.hidden_states(IDS, causal=False)[:, 0]))
+
+
+def our_hidden(model, mask):
+    """(batch, hidden_size): our first token of each padded row, packed."""
+    cu_seqlens = F.pad(LENGTHS.cumsum(0), (1, 0)).int()
+    return model.hidden_states(IDS[mask.bool()], cu_seqlens=cu_seqlens, causal=False)[cu_seqlens[:-1]]
+
+
+def test_the_loss_of_a_new_head_goes_by_its_labels(saved):
+    _, folder = saved
+    kind = exported.AntlmBertForSequenceClassification
+    for num_labels, labels, expected in (
+        (3, torch.tensor([2, 0, 1]), lambda logits, labels: F.cross_entropy(logits, labels)),
+        (1, torch.tensor([0.5, 2.0, 1.0]), lambda logits, labels: (logits[:, 0] - labels).square().mean()),
+        (2, torch.tensor([[0.0, 1.0]] * 3), lambda x, y: -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x)).mean()),
+    ):
+        theirs = kind.from_pretrained(folder, num_labels=num_labels)
+        result = theirs(IDS, labels=labels)
+        torch.testing.assert_close(result.loss, expected(result.logits, labels))
+        summed = theirs(IDS, labels=labels, num_items_in_batch=2 * labels.numel()).loss
+        torch.testing.assert_close(summed, result.loss / 2)
+        result.loss.backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in theirs.classifier.parameters())
+    theirs.config.problem_type = "regression"
+    torch.testing.assert_close(theirs(IDS, labels=labels).loss, (theirs(IDS).logits - labels).square().mean())
+    with pytest.raises(ValueError, match="is_causal must be False or None: the first token is what is classified; got"):
+        theirs(IDS, is_causal=True)
+    with pytest.raises(TypeError, match="got position_ids"):
+        theirs(IDS, position_ids=IDS)
 
 
 def test_is_causal_overrules_the_class_and_never_moves_labels(saved):

@@ -1,11 +1,15 @@
 """Models on disk: Hugging Face reads ours, we read theirs, and damage is one clear line."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from antlm_fast.models import BabyLlama, BabyLlamaConfig, load_pretrained, save_pretrained
+from antlm_fast.models.pretrained import write_safetensors
 from antlm_fast.types import InputError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -35,17 +39,28 @@ def test_stock_hugging_face_classes_read_it_in_both_directions(saved):
     model, folder = saved
     causal = transformers.LlamaForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(causal(IDS).logits, model(IDS, causal=True), rtol=1e-5, atol=1e-6)
-    # EuroBERT is a bidirectional Llama with the same parameter names
-    values = json.loads((folder / "config.json").read_text())
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    config = transformers.EuroBertConfig(
-        **{name: values[name] for name in [*names, "num_key_value_heads", "rms_norm_eps"]},
-        rope_parameters={"rope_type": "default", "rope_theta": values["rope_theta"]},
-        **{f"{token}_token_id": 0 for token in ("pad", "bos", "eos", "mask")},
-    )
-    masked = transformers.EuroBertForMaskedLM(config)
-    masked.load_state_dict(model.state_dict())
+    masked = transformers.AutoModelForMaskedLM.from_pretrained(folder / "masked")
+    assert type(masked) is transformers.EuroBertForMaskedLM
     torch.testing.assert_close(masked(IDS).logits, model(IDS, causal=False), rtol=1e-5, atol=1e-6)
+    assert (causal(IDS).logits - masked(IDS).logits).abs().max() > 0.01
+    padded = masked(torch.cat((IDS, IDS), dim=1), attention_mask=torch.tensor([[1] * 6 + [0] * 6])).logits[:, :6]
+    torch.testing.assert_close(padded, model(IDS, causal=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "tied"])
+def test_stock_classes_take_every_setting_from_the_folder(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    settings = {"rope_theta": 700.0, "rms_norm_eps": 0.01, "initializer_range": 0.5, "num_attention_heads": 4}
+    other = {"num_key_value_heads": 2} if kind == "grouped" else {"tie_word_embeddings": True}
+    model = BabyLlama(BabyLlamaConfig(**sizes, **settings, **other)).eval()
+    save_pretrained(model, tmp_path)  # no token has a role
+    for auto, inner, causal in (("AutoModelForCausalLM", "", True), ("AutoModelForMaskedLM", "masked", False)):
+        theirs = getattr(transformers, auto).from_pretrained(tmp_path / inner)
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS, causal=causal), rtol=1e-4, atol=1e-5)
+        theirs.save_pretrained(tmp_path / "again")
+        assert torch.equal(load_pretrained(tmp_path / "again")(IDS, causal=True), model(IDS, causal=True))
 
 
 def test_a_model_saved_by_hugging_face_is_read(saved, tmp_path):
@@ -70,6 +85,56 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
     assert again.head_weight is again.model.embed_tokens.weight
 
 
+def test_a_loaded_model_drops_nothing_as_in_transformers(saved):
+    assert not load_pretrained(saved[1]).training
+
+
+def sharded(folder, tensors):
+    """The folder's weights in two files, as Hugging Face cuts large ones."""
+    names = sorted(tensors)
+    files = {name: f"model-0000{1 + (place % 2)}-of-00002.safetensors" for place, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_a_model_cut_into_several_files_is_read(saved):
+    model, folder = saved
+    path = folder / "model.safetensors"
+    index = sharded(folder, load_file(path))
+    path.unlink()
+    assert all(torch.equal(load_pretrained(folder).state_dict()[name], t) for name, t in model.state_dict().items())
+    part, place = folder / "model-00002-of-00002.safetensors", folder / "model.safetensors.index.json"
+    part.rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=r"model-00002-of-00002.safetensors does not exist; the model's weights"):
+        load_pretrained(folder)
+    for file in ("../model.safetensors", "", 3, "model.safetensors.index.json"):
+        place.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        with pytest.raises(InputError, match=r"index.json: weight_map must name a .safetensors file of its folder for"):
+            load_pretrained(folder)
+    first = "model-00001-of-00002.safetensors"
+    place.write_text(json.dumps({"weight_map": dict.fromkeys(index["weight_map"], first)}))
+    with pytest.raises(InputError, match=r"index.json: .* must be in model-00001-of-00002.safetensors; it is not"):
+        load_pretrained(folder)
+    place.write_text(json.dumps({"metadata": {}}))
+    with pytest.raises(InputError, match=r"index.json: weight_map must name a .safetensors file .*; got None"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # also over a file that is there
+            write_safetensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(2))
+
+
 def test_a_truncated_file_is_one_line(saved):
     _, folder = saved
     path = folder / "model.safetensors"
@@ -81,7 +146,7 @@ def test_a_truncated_file_is_one_line(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be 'llama' or 'antlm_bert'; got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type must be 'llama', 'eurobert' or 'antlm_bert'; got 'gpt2'"),
         ({"vocab_size": 51}, "does not fit .*size mismatch"),
         ({"attention_bias": True}, "attention_bias must be false; got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'; got 'gelu'"),

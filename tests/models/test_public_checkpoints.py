@@ -276,6 +276,23 @@ def test_a_folder_of_the_hub_is_read(tmp_path, name):
         assert model.config.num_attention_heads == HEADS
 
 
+def test_a_checkpoint_cut_into_several_files_is_read_or_told_apart(tmp_path):
+    state = {name: tensor.clone() for name, tensor in public_state("ltg_bert").items()}
+    names = sorted(state)
+    files = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(
+        InputError, match="got neither; its pytorch_model.bin.index.json names parts, which are read as"
+    ):
+        load_public_checkpoint(tmp_path)
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    model = load_public_checkpoint(tmp_path, num_attention_heads=HEADS)
+    assert torch.equal(model.head_weight, state["embedding.word_embedding.weight"])
+    assert not model.training  # its dropout would make the logits others than the public model's
+
+
 def test_the_command_line_makes_a_model_folder_with_its_tokenizer(tmp_path, capsys):
     state = public_state("ltg_bert")
     vocabulary = {token: index for index, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"])}

@@ -173,7 +173,8 @@ RUNS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_run_has_a_report(tmp_path: Path, kind: str) -> None:
     folder = make_run(tmp_path / "run", **RUNS[kind])
     written = write_report(folder)
-    assert written == [folder / "README.md", folder / "loss.png", folder / "report.html"]
+    cards = [folder / "model" / "README.md"] if RUNS[kind].get("model", True) else []  # where the Hub reads it
+    assert written == [*cards, folder / "loss.png", folder / "report.html"]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     html = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -182,9 +183,11 @@ def test_every_kind_of_run_has_a_report(tmp_path: Path, kind: str) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "+".join(phase for phase, _, _ in RUNS[kind]["phases"]) in card
-    assert ("nan" in page.text.lower().split(), "None" in page.text, "None" in card) == (False, False, False)
+    assert ("nan" in page.text.lower().split(), "None" in page.text) == (False, False)
+    for path in cards:
+        card = path.read_text(encoding="utf-8")
+        assert "+".join(phase for phase, _, _ in RUNS[kind]["phases"]) in card
+        assert "None" not in card
 
 
 def test_the_page_says_the_numbers_of_the_run(tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_the_page_says_the_numbers_of_the_run(tmp_path: Path) -> None:
 def test_the_model_card_says_the_numbers_and_how_to_load(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", ANTLM, pairs=PAIRS)
     write_report(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert card.startswith('---\nmodel_name: "demo"\nlibrary_name: transformers\npipeline_tag: text-generation\n')
     for fragment in (
         "| parameters | 7,234 |",
@@ -220,7 +223,8 @@ def test_the_model_card_says_the_numbers_and_how_to_load(tmp_path: Path) -> None
         "Training data: `builtin`, 1.2 M tokens.",
         "| CLM | 9.200 | 9,897.1 |",
         "| masked | 70.5 % | 71.0 % |",
-        'LlamaForCausalLM.from_pretrained("model")',
+        "causal = AutoModelForCausalLM.from_pretrained(folder)",
+        'masked = AutoModelForMaskedLM.from_pretrained(folder, subfolder="masked")',
         "fill(model, gap, tokenizer.mask_id, banned_ids=special)",
     ):
         assert fragment in card
@@ -230,7 +234,7 @@ def test_the_model_card_says_the_numbers_and_how_to_load(tmp_path: Path) -> None
 def test_the_card_of_an_mntp_run_reads_the_position_before_the_mask(tmp_path: Path, kind: str) -> None:
     folder = make_run(tmp_path / "run", **RUNS[kind])
     write_report(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "tokenizer.mask_id, shift=1," in card
     assert "a hidden token's logits are those of the position before it" in card
 
@@ -238,7 +242,7 @@ def test_the_card_of_an_mntp_run_reads_the_position_before_the_mask(tmp_path: Pa
 def test_the_card_of_a_run_that_ends_with_mlm_reads_the_mask_itself(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", phases=[("1_MNTP", "MNTP", 20), ("1_MLM", "MLM", 20), ("1_CLM", "CLM", 20)])
     write_report(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "fill(model, gap, tokenizer.mask_id, banned_ids" in card
     assert "position before it" not in card
 
@@ -248,11 +252,55 @@ def test_the_card_of_an_exported_bert_loads_its_own_code(tmp_path: Path) -> None
     path = folder / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "antlm_bert", "architectures": ["X"]}))
     write_report(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "pipeline_tag: fill-mask" in card
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-generation" in card
     assert "by masked language modelling, both in every batch, with" in " ".join(card.split())
-    assert 'AutoModelForMaskedLM.from_pretrained("model", trust_remote_code=True)' in card
+    assert 'AutoModelForMaskedLM.from_pretrained(folder, subfolder="masked", trust_remote_code=True)' in card
     assert "LlamaForCausalLM" not in card
+
+
+@pytest.mark.parametrize(
+    ("objectives", "said", "tags", "task"),
+    [
+        (["CLM"], "by causal language modelling with `antlm_fast`: it was never trained to fill gaps.", "causal-lm", 0),
+        (["MLM"], "by masked language modelling with `antlm_fast`: it was never trained to continue", "masked-lm", 1),
+        (["MNTP"], "by masked next-token prediction with `antlm_fast`: it was never", "masked-lm", 1),
+        (
+            ["CLM", "MLM", "CLM"],
+            "by causal language modelling and by masked language modelling, in turns, with `antlm_fast`: the same",
+            "antlm causal-lm masked-lm",
+            0,
+        ),
+        (
+            ["CLM", "MLM@causal"],
+            "by causal language modelling and by masked language modelling under the causal mask, in turns, with",
+            "antlm causal-lm masked-lm",
+            0,
+        ),
+        (
+            ["MIX(0.9375,MNTP)"],
+            "by causal language modelling and by masked next-token prediction, both in every batch, with `antlm_fast`",
+            "antlm causal-lm masked-lm",
+            0,
+        ),
+        (["MIX(1)"], "by masked language modelling with `antlm_fast`: it was never", "masked-lm", 1),
+    ],
+)
+def test_the_card_says_what_a_run_was_trained_by_and_no_more(
+    tmp_path: Path, objectives: list[str], said: str, tags: str, task: int
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    name = 'a "name": \U0001f600 \x7f\x85 #1'
+    folder = make_run(tmp_path / "run", [(f"1_{each}", each, 20) for each in objectives], name=name)
+    write_report(folder)
+    _, front, text = (folder / "model" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert f"One transformer trained {said}" in text
+    assert yaml.safe_load(front) == {
+        "model_name": 'a "name": \U0001f600    #1',
+        "library_name": "transformers",
+        "pipeline_tag": ["text-generation", "fill-mask"][task],
+        "tags": tags.split(),
+    }
 
 
 def test_an_unfinished_run_says_so_and_leaves_out_what_is_not_there(tmp_path: Path) -> None:
@@ -266,7 +314,7 @@ def test_an_unfinished_run_says_so_and_leaves_out_what_is_not_there(tmp_path: Pa
     assert "2_MLM MLM 20–60 9.800 → 9.700 8.800 → 8.700" in text
     assert "1_CLM CLM 60–80 – → – – → –" in text
     assert ("Minimal pairs" in text, "Throughput" in text, "Configuration" in text) == (False, False, False)
-    assert "from_pretrained" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert not (folder / "README.md").exists()
 
 
 def test_text_of_the_run_is_escaped(tmp_path: Path) -> None:
@@ -283,7 +331,7 @@ def test_text_of_the_run_is_escaped(tmp_path: Path) -> None:
     readings = re.search(r'id="measurements">(.*?)</script>', html, flags=re.DOTALL)
     assert readings is not None
     assert hostile in json.loads(readings.group(1))[0][1]
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "# \\</script\\>\\<img src=x onerror=alert(1)\\>&\\|\\`" in card
     assert f"model_name: {json.dumps(hostile)}" in card
 
@@ -351,7 +399,7 @@ def test_without_matplotlib_the_way_to_get_it_is_said(tmp_path: Path, monkeypatc
     with pytest.raises(InputError) as error:
         write_report(folder)
     assert str(error.value) == "the report needs matplotlib: pip install '.[train]' in antlm_fast's checkout"
-    assert (folder / "README.md").is_file()
+    assert (folder / "model" / "README.md").is_file()
 
 
 def test_losses_that_are_not_finite_are_drawn_and_said(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_failed_write_leaves_the_others_alone(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("antlm_fast.training.checkpoint.save_file", full)
+    monkeypatch.setattr("antlm_fast.training.checkpoint.write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(folder, state(20), *stepped(*made()), keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000010", "step_00000015"]

@@ -49,7 +49,8 @@ def tiny(cache_dir):
 
 def end_state(folder):
     """Digests of everything a run must repeat exactly: weights, moments, metrics, the finished model."""
-    paths = [folder / "metrics.jsonl", *sorted(folder.glob("checkpoints/step_*/*")), *sorted(folder.glob("model/*"))]
+    model = [path for path in sorted(folder.glob("model/**/*")) if path.is_file()]
+    paths = [folder / "metrics.jsonl", *sorted(folder.glob("checkpoints/step_*/*")), *model]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
