@@ -1,7 +1,7 @@
 """AdamW and LAMB on the CPU, a step of all parameters in one call of the C++ kernels.
 
-Their state is torch's AdamW's and Lamb's, name by name, so a checkpoint goes from either to the other. Where a weight
-has a working copy in bfloat16 (kernels/working_copies.py), the pass that writes the weight writes it too.
+Their state is torch's AdamW's and Lamb's, name by name, so a checkpoint goes from either to the other. Where a run
+keeps bfloat16 copies of the weights (kernels/working_copies.py), the pass that writes a weight writes its copy too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class _OnePass(torch.optim.Optimizer):
     A model that was moved to another dtype or device after its optimizer was built is stepped by torch's.
     """
 
-    writes_working_copies = True
     _factor = 1.0
 
     def clipped_step(self, max_norm: float) -> Tensor:
