@@ -71,7 +71,7 @@ class KeptCopies:
             found = self._made(weights, dtype)
         states = [_state_of(weight) for weight in weights]
         if found.states != states:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 for part, weight, state, old in zip(found.parts, weights, states, found.states, strict=True):
                     if state != old:
                         part.copy_(weight)
@@ -94,7 +94,8 @@ class KeptCopies:
         return None
 
     def _made(self, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> _Copy:
-        copy = _Copy(weights, dtype)
+        with torch.inference_mode(False):  # who keeps it may train with it later
+            copy = _Copy(weights, dtype)
         for weight in weights:
             kept = self._copies.setdefault(id(weight), [])
             # of another shape, the weight's data were exchanged: that copy can never be used again

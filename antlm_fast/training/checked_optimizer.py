@@ -55,8 +55,8 @@ class CheckedOptimizer(torch.optim.Optimizer):
                         _check_moments(parameter, self.state[parameter])
 
     def _check_options(self, group: dict[str, Any], place: int) -> None:
-        for option in _NEUTRAL.keys() & group.keys():
-            if group[option] not in self.neutral(option):
+        for option in _NEUTRAL:
+            if option in group and group[option] not in self.neutral(option):
                 wanted = self.neutral(option)[-1]
                 raise InputError(
                     f"param_groups[{place}][{option!r}] must be {wanted}, as {type(self).__name__} has nothing else; "

@@ -259,6 +259,18 @@ def test_a_model_does_not_carry_its_copies(kept):
     assert same(first, [model.weight])
 
 
+def test_a_copy_kept_in_inference_mode_serves_training(kept):
+    weights = parameters()
+    with torch.inference_mode(), torch.autocast("cpu", BFLOAT16):
+        mixed_linear(inputs().detach(), weights)
+    nn.init.ones_(weights[0])
+    with torch.inference_mode():
+        first = working_copy(tuple(weights), BFLOAT16)
+    with torch.autocast("cpu", BFLOAT16):
+        mixed_linear(inputs(), weights).sum().backward()
+    assert same(first, weights)
+
+
 def test_copies_are_kept_no_longer_than_they_are_in_use():
     (weight,) = parameters((8,))
     copies = KeptCopies()
