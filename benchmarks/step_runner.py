@@ -27,6 +27,7 @@ from peers.eager_ltg_bert import EagerLtgBert
 from resident_memory import cannot_measure, peak_resident_mib
 from torch import Tensor, nn
 
+from antlm_fast.kernels.working_copies import KeptCopies
 from antlm_fast.models import MODEL_CONFIGS, LanguageModel, build_model
 from antlm_fast.objectives import MaskingConfig, make_batch
 from antlm_fast.training.freed_memory import freed_memory_is_kept
@@ -82,6 +83,7 @@ class StepRunner:
         self.optimizer = self._optimizer_of(self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+        self._copies = KeptCopies()
         self.batches: dict[tuple[str, int, int], PackedBatch] = {}
         self._steps: dict[tuple[str, int, int], Callable[[], Tensor]] = {}
 
@@ -103,8 +105,9 @@ class StepRunner:
             self._steps[key] = self._loss_of(*key)
         synchronize(self.device)
         begun = time.perf_counter()
-        self._backward(self._steps[key])
-        clipped_step(self.model, self.optimizer, OptimizerConfig().clip_norm)
+        with self._copies.in_use():  # as a run of the trainer
+            self._backward(self._steps[key])
+            clipped_step(self.model, self.optimizer, OptimizerConfig().clip_norm)
         synchronize(self.device)
         return time.perf_counter() - begun
 

@@ -1,44 +1,36 @@
-"""Copies of weights in a narrower dtype, which mixed precision multiplies by: made once, used until a weight changes.
+"""Copies of weights in a narrower dtype, which mixed precision multiplies by.
 
-autocast casts every weight in every step. Here a copy is kept beside the weights it was made of and used again while
-none of them has changed; an optimizer may write it in the pass that writes the weights (`destination`, `mark_current`),
-and then nothing is cast at all. Several weights that multiply the same input (queries, keys and values) share one
-matrix, their rows one below the other, and so are one product.
+Several weights that multiply the same input (queries, keys and values) are one matrix, their rows one below the other,
+and so are one product. A copy is made in every call, as autocast's are, so that it is never older than its weights,
+however they were written.
 
-A change is seen by what torch counts, a tensor's `_version`, and by its address, shape, strides and dtype:
-`load_state_dict`, `copy_` and every in-place operation count. torch's fused optimizers change weights without counting
-(2.13, on a CPU), so a step of any torch.optim.Optimizer makes the copies of its parameters out of date, unless it has
-the attribute `writes_working_copies`. Writing through `.data`, `.numpy()` or a pointer is not counted either: where it
-changes all of a weight it is seen by a sample of its bytes, but where it may change a part, tell it by
-`torch.autograd.graph.increment_version(weight)`.
-
-A copy lives as long as the weights: it holds them by weak references, and is no part of them, so that neither deepcopy
-nor pickle nor a state dict sees it.
+Whoever alone writes the weights may keep copies from call to call (`KeptCopies.in_use`), and its optimizer may write
+them in the pass that writes the weights (`destination`, `mark_current`): then nothing is cast at all. A change is then
+seen by what torch counts, a weight's `_version`, and by its address, shape and strides. Writing through `.data`, numpy
+or a pointer, in another process, or by torch's fused optimizers is not counted; while copies are in use there must be
+none of it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import weakref
-from functools import cache
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from antlm_fast.kernels.tracing import is_plain
 
 _State = tuple[Any, ...]
-_SAMPLE_BYTES = 16
 
 
 class _Copy:
     """One matrix or vector, the weights whose rows it holds, and in what state they were when it was written."""
 
-    def __init__(self, weights: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
-        self.weights = tuple(weakref.ref(weight) for weight in weights)
-        self.values = values
-        self.parts = values.split([weight.shape[0] for weight in weights])
+    def __init__(self, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
+        self.weights = weights
+        self.values, self.parts = _room_for(weights, dtype)
         self.states: list[_State | None] = [None] * len(weights)
 
     def is_of(self, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> bool:
@@ -46,15 +38,76 @@ class _Copy:
             self.values.dtype == dtype
             and len(self.weights) == len(weights)
             and all(
-                held() is weight and part.shape == weight.shape
+                held is weight and part.shape == weight.shape
                 for held, part, weight in zip(self.weights, self.parts, weights, strict=True)
             )
         )
 
+    def place_of(self, weight: torch.Tensor) -> int:
+        return next(place for place, held in enumerate(self.weights) if held is weight)
 
-# by id of a weight, which is its own until the weak reference's callback has removed it here
-_copies: dict[int, list[_Copy]] = {}
-_watches: dict[int, weakref.ref[torch.Tensor]] = {}
+    def part_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.parts[self.place_of(weight)]
+
+
+class KeptCopies:
+    """The copies that one owner of weights keeps; they live as long as this, and so do the weights."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, list[_Copy]] = {}  # by id of a weight; of several, the one last out of date is last
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While this is open, `working_copy` makes a copy once and keeps it here, in this thread."""
+        token = _in_use.set(self)
+        try:
+            yield
+        finally:
+            _in_use.reset(token)
+
+    def current(self, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The kept copy, with the rows of changed weights copied again."""
+        of_first = self._copies.get(id(weights[0]), ())
+        found = next((copy for copy in of_first if copy.is_of(weights, dtype)), None)
+        if found is None:
+            found = self._made(weights, dtype)
+        states = [_state_of(weight) for weight in weights]
+        if found.states != states:
+            with torch.inference_mode(False), torch.no_grad():
+                for part, weight, state, old in zip(found.parts, weights, states, found.states, strict=True):
+                    if state != old:
+                        part.copy_(weight)
+            found.states = list(states)
+            for weight in weights:  # this is the copy that `destination` shall name
+                kept = self._copies[id(weight)]
+                kept.remove(found)
+                kept.append(found)
+        return found.values
+
+    def last(self, weight: torch.Tensor, dtype: torch.dtype) -> _Copy | None:
+        """Of several copies that fit a weight the one that was last out of date.
+
+        Of a model that multiplies by queries, keys and values together under one objective and apart under the other,
+        that is the one of the present objective.
+        """
+        for copy in reversed(self._copies.get(id(weight), ())):
+            if copy.values.dtype == dtype and copy.part_of(weight).shape == weight.shape:
+                return copy
+        return None
+
+    def _made(self, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> _Copy:
+        with torch.inference_mode(False):  # who keeps it may train with it later
+            copy = _Copy(weights, dtype)
+        for weight in weights:
+            kept = self._copies.setdefault(id(weight), [])
+            # of another shape, the weight's data were exchanged: that copy can never be used again
+            kept[:] = [old for old in kept if old.part_of(weight).shape == weight.shape]
+            if copy not in kept:  # a weight may be there twice
+                kept.append(copy)
+        return copy
+
+
+_in_use: ContextVar[KeptCopies | None] = ContextVar("working copies in use", default=None)
 
 
 def working_copy(weights: torch.Tensor | tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -65,29 +118,22 @@ def working_copy(weights: torch.Tensor | tuple[torch.Tensor, ...], dtype: torch.
         dtype: of the copy.
 
     Returns:
-        Detached, contiguous. The same memory in every call where `may_keep(weights)` holds, and not to be written to;
-        a weight that has changed is copied again, in place, so that a graph which still needs the earlier values says
-        so in its backward.
+        Detached, contiguous, not to be written to. A new one in every call, but where copies are in use: then the same
+        memory while the weights do not change; what has changed is copied again, in place, so that a graph which still
+        needs the earlier values says so in its backward.
     """
     weights = (weights,) if isinstance(weights, torch.Tensor) else weights
-    if not may_keep(weights):
+    if may_keep(weights):
+        kept = _in_use.get()
+        if kept is not None:
+            return kept.current(weights, dtype)
         with torch.no_grad():
-            return torch.cat([weight.to(dtype) for weight in weights]) if len(weights) > 1 else weights[0].to(dtype)
-    found = _find(weights, dtype)
-    states = [_state_of(weight) for weight in weights]
-    if found is None:
-        found = _make(weights, dtype)
-    if found.states != states:
-        with torch.inference_mode(False), torch.no_grad():
-            for part, weight, state, old in zip(found.parts, weights, states, found.states, strict=True):
-                if state != old:
-                    part.copy_(weight)
-        found.states = list(states)
-        for weight in weights:  # this is the copy that `destination` shall name
-            kept = _copies[id(weight)]
-            kept.remove(found)
-            kept.append(found)
-    return found.values
+            values, parts = _room_for(weights, dtype)
+            for part, weight in zip(parts, weights, strict=True):
+                part.copy_(weight)
+        return values
+    with torch.no_grad():
+        return torch.cat([weight.to(dtype) for weight in weights]) if len(weights) > 1 else weights[0].to(dtype)
 
 
 def may_keep(weights: tuple[torch.Tensor, ...]) -> bool:
@@ -101,89 +147,30 @@ def may_keep(weights: tuple[torch.Tensor, ...]) -> bool:
 
 
 def destination(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor | None:
-    """Where a kept copy has this weight: rows of it for an optimizer to write, or None.
-
-    Of several copies it is the one that was last out of date: of a model that multiplies by queries, keys and values
-    together under one objective and apart under the other, those of the present one.
-    """
-    for copy in reversed(_copies.get(id(weight), ())):
-        if copy.values.dtype == dtype:
-            part = copy.parts[_place_of(weight, copy)]
-            if part.shape == weight.shape:
-                return part
-    return None
+    """Where the copies in use have this weight: rows of one for an optimizer to write, or None."""
+    copy = _last(weight, dtype)
+    return None if copy is None else copy.part_of(weight)
 
 
 def mark_current(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
     """The rows that `destination` gave hold the weight as it is now; call it after the weight's version was counted."""
-    for copy in reversed(_copies.get(id(weight), ())):
-        if copy.values.dtype == dtype:
-            copy.states[_place_of(weight, copy)] = _state_of(weight)
-            return
+    copy = _last(weight, dtype)
+    if copy is not None:
+        copy.states[copy.place_of(weight)] = _state_of(weight)
 
 
-def _find(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> _Copy | None:
-    for copy in _copies.get(id(weights[0]), ()):
-        if copy.is_of(weights, dtype):
-            return copy
-    return None
+def _last(weight: torch.Tensor, dtype: torch.dtype) -> _Copy | None:
+    kept = _in_use.get()
+    return None if kept is None else kept.last(weight, dtype)
 
 
-def _make(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> _Copy:
-    _watch_optimizers()
-    rows = sum(weight.shape[0] for weight in weights)
-    with torch.inference_mode(False), torch.no_grad():
-        copy = _Copy(weights, torch.empty((rows, *weights[0].shape[1:]), dtype=dtype, device="cpu"))
-    for weight in weights:
-        key = id(weight)
-        if key not in _watches:
-            _watches[key] = weakref.ref(weight, lambda _, key=key: _forget(key))  # type: ignore[misc]
-        kept = _copies.setdefault(key, [])
-        # of another shape, the weight's data were exchanged: that copy can never be used again
-        kept[:] = [old for old in kept if old.parts[_place_of(weight, old)].shape == weight.shape]
-        if copy not in kept:  # a weight may be there twice
-            kept.append(copy)
-    return copy
-
-
-def _place_of(weight: torch.Tensor, copy: _Copy) -> int:
-    return next(place for place, held in enumerate(copy.weights) if held() is weight)
-
-
-def _forget(key: int) -> None:
-    """A weight is gone: its copies are of no use to the others either."""
-    _watches.pop(key, None)
-    gone = _copies.pop(key, [])
-    for kept in _copies.values():
-        kept[:] = [copy for copy in kept if copy not in gone]
-
-
-@cache
-def _watch_optimizers() -> None:
-    """Once, with the first copy."""
-    register_optimizer_step_post_hook(_outdate)
-
-
-def _outdate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if getattr(optimizer, "writes_working_copies", False):
-        return
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            for copy in _copies.get(id(weight), ()):
-                copy.states = [
-                    None if held() is weight else state for held, state in zip(copy.weights, copy.states, strict=True)
-                ]
-
-
-# not to be traced: torch.compiler.disable without its import of dynamo, which takes two seconds
-_outdate._torchdynamo_disable = True  # type: ignore[attr-defined]
+def _room_for(weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Memory for the rows of all weights, and each one's part of it."""
+    rows = [weight.shape[0] for weight in weights]
+    with torch.no_grad():
+        values = torch.empty((sum(rows), *weights[0].shape[1:]), dtype=dtype, device="cpu")
+        return values, values.split(rows)
 
 
 def _state_of(weight: torch.Tensor) -> _State:
-    address = weight.data_ptr()
-    state = weight._version, address, weight.shape, weight.stride(), weight.dtype
-    size = weight.numel() * weight.element_size()
-    if size < _SAMPLE_BYTES or not weight.is_contiguous():
-        return state
-    last = size - _SAMPLE_BYTES
-    return *state, *(ctypes.string_at(address + place, _SAMPLE_BYTES) for place in (0, last // 2, last))
+    return weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype

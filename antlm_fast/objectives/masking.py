@@ -116,14 +116,20 @@ def _words(candidates: Ints, ids: Ints, vocabulary: Vocabulary, rate: float, rng
 
 def _spans(candidates: Ints, ids: Ints, vocabulary: Vocabulary, rate: float, rng: np.random.Generator) -> Ints:
     """LTG-BERT (arXiv 2303.09859): Binomial(maskable, rate) tokens, at least one, covered by spans of length
-    Geometric(1/3) mod 10 with uniform starts; the last span is cut so that the number is met exactly."""
-    wanted = max(int(rng.binomial(candidates.size, rate)), 1)
-    group = np.full(candidates.size, -1, dtype=np.int64)
+    Geometric(1/3) mod 10 with uniform starts; the last span is cut so that the number is met exactly.
+
+    The maskable tokens are a ring: a span that runs over the end goes on at the start. So no place differs from
+    another, and all have the same rate; were spans to end with the row, its first tokens would be starved."""
+    size = candidates.size
+    wanted = max(int(rng.binomial(size, rate)), 1)
+    ring = np.arange(size + 9) % size
+    group = np.full(size, -1, dtype=np.int64)
     spans = 0
     while wanted > 0:
-        length = int(rng.geometric(1 / 3)) % 10
-        start = int(rng.random() * candidates.size)
-        free = start + np.flatnonzero(group[start : start + length] < 0)[:wanted]
+        length = min(int(rng.geometric(1 / 3)) % 10, size)
+        start = int(rng.random() * size)
+        span = ring[start : start + length]
+        free = span[group[span] < 0][:wanted]
         if free.size:
             group[free] = spans
             spans += 1
@@ -133,14 +139,17 @@ def _spans(candidates: Ints, ids: Ints, vocabulary: Vocabulary, rate: float, rng
 
 def _uniform_spans(candidates: Ints, ids: Ints, vocabulary: Vocabulary, rate: float, rng: np.random.Generator) -> Ints:
     """GPT-BERT (arXiv 2410.24159): the row is cut into spans of 1 to 3 tokens, the spans are ranked at random, and
-    tokens are taken in that order until the share is met; a share between two whole numbers is met on average."""
+    tokens are taken in that order until the share is met; a share between two whole numbers is met on average.
+
+    The cut begins anywhere in the ring of maskable tokens, so that all places have the same rate: the place where it
+    begins is never the second or third of a span, which the end of the share may cut off."""
     lengths = 1 + (rng.random(candidates.size) * 3).astype(np.int64)
     span = np.searchsorted(np.cumsum(lengths), np.arange(candidates.size), side="right")
     order = np.argsort(rng.random(candidates.size)[span], kind="stable")  # tokens of a span stay neighbours
     wanted = max(int(candidates.size * rate + rng.random()), 1)
     group = np.full(candidates.size, -1, dtype=np.int64)
     group[order[:wanted]] = span[order[:wanted]]
-    return group
+    return np.roll(group, int(rng.random() * candidates.size))
 
 
 STRATEGIES: dict[str, Callable[[Ints, Ints, Vocabulary, float, np.random.Generator], Ints]] = {

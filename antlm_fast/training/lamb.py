@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antlm_fast.training.checked_optimizer import CheckedOptimizer
 
-class Lamb(torch.optim.Optimizer):
+
+class Lamb(CheckedOptimizer):
     """Adam whose update of each parameter is scaled to the parameter's norm.
 
     m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w, where
@@ -50,6 +52,7 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.check_step()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             on_gpu = [parameter for parameter in parameters if parameter.device.type != "cpu"]
@@ -91,7 +94,7 @@ class Lamb(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         elif state["step"].device.type != "cpu":  # a checkpoint was loaded to where the parameter is

@@ -1,7 +1,7 @@
 """AdamW and LAMB on the CPU, a step of all parameters in one call of the C++ kernels.
 
-Their state is torch's AdamW's and Lamb's, name by name, so a checkpoint goes from either to the other. Where a weight
-has a working copy in bfloat16 (kernels/working_copies.py), the pass that writes the weight writes it too.
+Their state is torch's AdamW's and Lamb's, name by name, so a checkpoint goes from either to the other. Where a run
+keeps bfloat16 copies of the weights (kernels/working_copies.py), the pass that writes a weight writes its copy too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from antlm_fast.kernels.native.optimizer_step import (
     squared_norm,
 )
 from antlm_fast.kernels.working_copies import destination, mark_current
+from antlm_fast.training.checked_optimizer import CheckedOptimizer
 from antlm_fast.training.lamb import Lamb
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # whose address is that of their numbers
 
 
 def unserved_reason(parameters: Iterable[Tensor]) -> str | None:
@@ -38,6 +41,8 @@ def unserved_reason(parameters: Iterable[Tensor]) -> str | None:
         if parameter.dtype != torch.float32 or not parameter.is_contiguous():
             return f"the C++ optimizer steps contiguous float32 parameters, not {parameter.dtype}"
         gradient = parameter.grad
+        if type(parameter) not in _PLAIN or (gradient is not None and type(gradient) not in _PLAIN):
+            return f"the C++ optimizer steps plain tensors, not {type(parameter).__name__}"
         if gradient is not None and (gradient.dtype not in GRADIENT_DTYPES or gradient.layout != torch.strided):
             return f"the C++ optimizer takes dense float32 or bfloat16 gradients, not {gradient.dtype}"
     return None
@@ -46,13 +51,12 @@ def unserved_reason(parameters: Iterable[Tensor]) -> str | None:
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
-class _OnePass(torch.optim.Optimizer):
+class _OnePass(CheckedOptimizer):
     """What both share: the state, the clipping and the working copies.
 
     A model that was moved to another dtype or device after its optimizer was built is stepped by torch's.
     """
 
-    writes_working_copies = True
     _factor = 1.0
 
     def clipped_step(self, max_norm: float) -> Tensor:
@@ -65,6 +69,7 @@ class _OnePass(torch.optim.Optimizer):
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if unserved_reason(parameters) is not None:
+            self.check_step()
             clipped = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
             self.step()
             return clipped
@@ -75,7 +80,7 @@ class _OnePass(torch.optim.Optimizer):
             self.step()
         finally:
             self._factor = 1.0
-        return torch.tensor(norm)
+        return torch.tensor(norm, dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -86,7 +91,9 @@ class _OnePass(torch.optim.Optimizer):
                 loss = closure()
         pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         pairs = [(parameter, group) for parameter, group in pairs if parameter.grad is not None]
-        if unserved_reason(parameter for parameter, _ in pairs) is not None:
+        served = unserved_reason(parameter for parameter, _ in pairs) is None
+        self.check_step(takes_bfloat16=served)
+        if not served:
             self._plain_step()
             torch.autograd.graph.increment_version([parameter for parameter, _ in pairs])  # fused steps do not
             return loss
@@ -120,9 +127,11 @@ class _OnePass(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for name in ("exp_avg", "exp_avg_sq"):  # of a weight that had other strides, or loaded so
+            state[name] = state[name].contiguous()
         return state
 
 
@@ -145,6 +154,9 @@ class NativeAdamW(_OnePass, torch.optim.AdamW):
     ) -> None:
         torch.optim.AdamW.__init__(self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
+    def neutral(self, option: str) -> tuple[bool | None, ...]:
+        return (None, True) if option == "fused" else super().neutral(option)
+
     def _numbers(self, group: dict[str, Any], step: float) -> AdamWNumbers:
         (beta1, beta2), lr = group["betas"], group["lr"]
         return AdamWNumbers(
@@ -160,7 +172,14 @@ class NativeAdamW(_OnePass, torch.optim.AdamW):
         adamw(updates, numbers, self._factor)
 
     def _plain_step(self) -> None:
-        inspect.unwrap(torch.optim.AdamW.step)(self)
+        fused = [group["fused"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["fused"] = False  # on a CPU the fused one takes every tensor for contiguous (torch 2.13)
+        try:
+            inspect.unwrap(torch.optim.AdamW.step)(self)
+        finally:
+            for group, value in zip(self.param_groups, fused, strict=True):
+                group["fused"] = value
 
 
 class NativeLamb(_OnePass, Lamb):

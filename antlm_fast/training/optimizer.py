@@ -102,7 +102,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, impl: str = "a
     both = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if native:
         return NativeAdamW(both, lr=config.lr, betas=betas, eps=config.eps)
-    return torch.optim.AdamW(both, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    # on a CPU the fused one takes every tensor for contiguous (torch 2.13)
+    fused = True if all(parameter.is_contiguous() for parameter in (*decayed, *others)) else None
+    return torch.optim.AdamW(both, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 
 def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, num_micro_batches: int, precision: str) -> None:
@@ -119,7 +121,8 @@ def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, num_micro_
     optimizer.zero_grad(set_to_none=True)
     if not isinstance(optimizer, NativeAdamW | NativeLamb) or not hasattr(torch.Tensor, "grad_dtype"):
         return  # torch's own optimizers want the parameter's dtype, and before torch 2.10 there was no other
-    narrow = num_micro_batches == 1 and precision == "bfloat16"
+    stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    narrow = num_micro_batches == 1 and precision == "bfloat16" and unserved_reason(stepped) is None
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in tables:

@@ -22,6 +22,7 @@ from antlm_fast.training.batch_plan import BatchPlan, steps_per_epoch
 from antlm_fast.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from antlm_fast.training.config import TrainConfig
 from antlm_fast.training.freed_memory import freed_memory_is_kept
+from antlm_fast.training.kept_copies import copies_kept
 from antlm_fast.training.lr_schedule import lr_at
 from antlm_fast.training.metrics import MetricsLog
 from antlm_fast.training.optimizer import begin_step, build_optimizer, clipped_step
@@ -131,7 +132,8 @@ class Trainer:
                 progress = Progress(self.timeline.total_steps, state.step)
                 on_cpu = self.device.type == "cpu"
                 try:
-                    with freed_memory_is_kept() if on_cpu else contextlib.nullcontext():
+                    memory_kept = freed_memory_is_kept() if on_cpu else contextlib.nullcontext()
+                    with memory_kept, copies_kept(self.model, self.optimizer, self, *self.rows.values()):
                         self._train(state, log, progress, signals)
                 finally:
                     progress.close()

@@ -23,7 +23,7 @@ class MixedLinearCall:
     Args:
         device_type: of the tensors.
         dtype: of the products.
-        keeps: whether rounded copies of the weights are kept from call to call.
+        keeps: whether the weights are such that rounded copies of them may be kept from call to call.
     """
 
     device_type: str
@@ -81,8 +81,9 @@ def mixed_linear(
         Gradients reach x, weights and biases, in the dtype of each (a weight's `grad_dtype`, where it has another);
         products are rounded to the compute dtype, as autocast's are; of "native" a weight's is rounded to its own
         alone. Deterministic for a fixed number of threads.
-        On a CPU the rounded weights are kept from call to call while the weights do not change (working_copies.py says
-        what counts as a change); gradients of gradients are refused there, and impl="reference" has them.
+        The weights are rounded in every call, so they are multiplied as they are, however they were written (a run of
+        the trainer, which alone writes its weights, keeps them rounded: working_copies.py). On a CPU gradients of
+        gradients are refused, and impl="reference" has them.
     """
     weights = tuple(weights)
     given = (None,) * len(weights) if biases is None else tuple(biases)

@@ -113,6 +113,10 @@ def _table(updates: Sequence[Update]) -> tuple[torch.Tensor, int]:
     """optimizer.cpp's rows, and the number of blocks of all tensors together."""
     rows, blocks = [], 0
     for each in updates:
+        tensors = (each.weight, each.gradient, each.first_moment, each.second_moment, each.copy)
+        if not all(x is None or (x.numel() == each.weight.numel() and x.is_contiguous()) for x in tensors):
+            found = [None if x is None else (tuple(x.shape), x.stride()) for x in tensors]
+            raise ValueError(f"an update's tensors must be contiguous and of one size; got shapes and strides {found}")
         rows.append(
             (
                 each.weight.data_ptr(),

@@ -1,19 +1,14 @@
-"""The mixed-precision linear layer: its numbers, and when the kept copies of its weights are used and made anew."""
-
-import copy
-import gc
-import pickle
+"""The mixed-precision linear layer: its numbers, gradients and messages."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from antlm_fast.kernels import working_copies
 from antlm_fast.kernels.dispatch import UnsupportedError
 from antlm_fast.kernels.mixed_linear import mixed_linear
 from antlm_fast.kernels.native.weight_gradient import no_tiles_reason
-from antlm_fast.kernels.working_copies import destination, mark_current, may_keep, working_copy
+from antlm_fast.kernels.working_copies import KeptCopies, destination
 from antlm_fast.testing.budget import assert_within_budget
 
 ROWS = (24, 8, 16)
@@ -162,177 +157,6 @@ def test_a_weight_used_twice_gets_the_sum():
     torch.testing.assert_close(weight.grad, 2 * once, rtol=1e-2, atol=1e-2)
 
 
-def cast(weights):
-    return torch.cat([weight.detach().to(BFLOAT16) for weight in weights])
-
-
-def same(kept, weights):
-    """The copy is what a fresh one would be."""
-    again = working_copy(tuple(weights), BFLOAT16)
-    assert torch.equal(again, cast(weights))
-    return again.data_ptr() == kept.data_ptr()
-
-
-def test_a_copy_is_made_once():
-    weights, _ = parameters()
-    kept = working_copy(tuple(weights), BFLOAT16)
-    assert (kept.dtype, kept.shape, kept.is_contiguous()) == (BFLOAT16, (sum(ROWS), IN_FEATURES), True)
-    assert not kept.requires_grad
-    before = kept._version
-    assert same(kept, weights)
-    with torch.autocast("cpu", BFLOAT16):
-        mixed_linear(inputs(), weights).sum().backward()
-    assert kept._version == before  # nothing was written again
-    # another order, a part of them, another dtype: other copies
-    others = [
-        working_copy(tuple(weights[::-1]), BFLOAT16),
-        working_copy(weights[0], BFLOAT16),
-        working_copy(tuple(weights), FLOAT16),
-    ]
-    assert len({kept.data_ptr(), *(other.data_ptr() for other in others)}) == 4
-    assert same(kept, weights)
-
-
-def step_by_sgd(module):
-    module.weight.grad = torch.ones_like(module.weight)
-    torch.optim.SGD(module.parameters(), lr=0.5).step()
-
-
-def step_by_fused_adamw(module):
-    module.weight.grad = torch.ones_like(module.weight)
-    torch.optim.AdamW(module.parameters(), lr=0.5, fused=True).step()
-
-
-def step_that_moves_one_element(module):
-    """torch's fused optimizers count no version, and a sample of the bytes would not see this."""
-    module.weight.grad = torch.zeros_like(module.weight)
-    module.weight.grad[2, 5] = 1.0
-    torch.optim.SGD(module.parameters(), lr=0.5, fused=True).step()
-
-
-def write_and_tell(module):
-    module.weight.data[2, 5] += 1.0
-    torch.autograd.graph.increment_version(module.weight)
-
-
-CHANGES = {
-    "in place": lambda module: nn.init.ones_(module.weight),
-    "a part": lambda module: module.weight.detach()[3].fill_(7.0),
-    "state dict": lambda module: module.load_state_dict({"weight": torch.ones_like(module.weight)}),
-    "assigned state dict": lambda module: module.load_state_dict({"weight": torch.ones(8, IN_FEATURES)}, assign=True),
-    "stock optimizer": step_by_sgd,
-    "fused optimizer": step_by_fused_adamw,
-    "fused optimizer, one element": step_that_moves_one_element,
-    "other data": lambda module: setattr(module.weight, "data", torch.ones(8, IN_FEATURES)),
-    "transposed data": lambda module: setattr(module.weight, "data", module.weight.data.t().contiguous().t() + 1.0),
-    "more rows": lambda module: setattr(module.weight, "data", torch.ones(11, IN_FEATURES)),
-    "through .data": lambda module: module.weight.data.mul_(0.5),
-    "through numpy": lambda module: module.weight.detach().numpy().fill(0.5),
-    "through .data, and told": write_and_tell,
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_weight_is_copied_again(change):
-    module, other = nn.Linear(IN_FEATURES, 8, bias=False), parameters((16,), ())[0][0]
-    x = inputs()
-    for weights in ((module.weight,), (module.weight, other)):
-        with torch.autocast("cpu", BFLOAT16):
-            mixed_linear(x, weights)
-    before = cast([module.weight])
-    CHANGES[change](module)
-    assert not torch.equal(cast([module.weight]), before)
-    for weights in ((module.weight,), (module.weight, other)):
-        with torch.autocast("cpu", BFLOAT16):
-            assert torch.equal(mixed_linear(x, weights), mixed_linear(x, weights, impl="reference"))
-        assert torch.equal(working_copy(weights, BFLOAT16), cast(weights))
-
-
-def test_only_the_changed_rows_are_copied():
-    weights, _ = parameters()
-    kept = working_copy(tuple(weights), BFLOAT16)
-    kept.fill_(5.0)
-    nn.init.zeros_(weights[1])
-    again = working_copy(tuple(weights), BFLOAT16)
-    assert again.data_ptr() == kept.data_ptr()
-    assert [part.unique().tolist() for part in again.split(ROWS)] == [[5.0], [0.0], [5.0]]
-
-
-def test_an_optimizer_may_write_the_copy():
-    weights, _ = parameters()
-    assert destination(weights[1]) is None
-    kept = working_copy(tuple(weights), BFLOAT16)
-    part = destination(weights[1])
-    assert part.data_ptr() == kept[ROWS[0]].data_ptr()
-    assert part.shape == weights[1].shape
-    assert destination(weights[1], FLOAT16) is None
-    weights[1].data.fill_(2.0)
-    part.fill_(2.0)
-    torch.autograd.graph.increment_version([weights[1]])
-    mark_current(weights[1])
-    before = kept._version
-    assert same(kept, weights)
-    assert kept._version == before
-    mark_current(nn.Parameter(torch.ones(2, 2)))  # has none: nothing to mark
-
-
-def test_a_weight_may_be_there_twice():
-    module = nn.Linear(IN_FEATURES, 8, bias=False)
-    twice = (module.weight, module.weight)
-    working_copy(twice, BFLOAT16)
-    step_that_moves_one_element(module)
-    assert torch.equal(working_copy(twice, BFLOAT16), cast(twice))
-
-
-def test_of_several_copies_the_one_in_use_is_written():
-    weights, _ = parameters()
-    joint, alone = tuple(weights), (weights[0],)
-    for used in (joint, alone, joint, alone):
-        nn.init.normal_(weights[0])
-        kept = working_copy(used, BFLOAT16)
-        assert destination(weights[0]).data_ptr() == kept.data_ptr()
-
-
-def test_a_graph_does_not_take_later_weights_for_its_own():
-    weights, _ = parameters()
-    with torch.autocast("cpu", BFLOAT16):
-        y = mixed_linear(inputs(), weights)
-        nn.init.zeros_(weights[0])
-        mixed_linear(inputs(), weights)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_copies_go_with_their_weights():
-    gc.collect()
-    before = len(working_copies._copies), len(working_copies._watches)
-    weights, biases = parameters()
-    with torch.autocast("cpu", BFLOAT16):
-        mixed_linear(inputs(), weights, [biases[0], None, None]).sum().backward()
-        mixed_linear(inputs(), weights[:2]).sum().backward()
-    assert len(working_copies._copies) == before[0] + 3
-    survivor = weights[0]
-    del weights, biases
-    gc.collect()
-    assert len(working_copies._copies) == before[0] + 1
-    assert working_copies._copies[id(survivor)] == []
-    del survivor
-    gc.collect()
-    assert (len(working_copies._copies), len(working_copies._watches)) == before
-
-
-def test_a_model_does_not_carry_its_copies():
-    model = nn.Linear(IN_FEATURES, 8)
-    plain = pickle.dumps(model), set(vars(model.weight)), set(model.state_dict())
-    kept = working_copy(model.weight, BFLOAT16)
-    assert (pickle.dumps(model), set(vars(model.weight)), set(model.state_dict())) == plain
-    for twin in (copy.deepcopy(model), pickle.loads(plain[0])):
-        assert destination(twin.weight) is None
-        nn.init.zeros_(twin.weight)
-        assert not working_copy(twin.weight, BFLOAT16).any()
-    assert same(kept, [model.weight])
-
-
 def test_inference_first_does_not_spoil_training():
     weights, biases = parameters()
     x = inputs()
@@ -343,20 +167,6 @@ def test_inference_first_does_not_spoil_training():
     torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-2)
     for found, expected in zip(gradients, wanted_gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
-
-
-def test_what_counts_no_versions_is_not_kept():
-    with torch.inference_mode():
-        weight = torch.ones(4, IN_FEATURES)
-    other = nn.Parameter(torch.ones(4, IN_FEATURES))
-    assert not may_keep((weight,))
-    assert may_keep((other,))
-    assert not may_keep((other * 2,))  # made anew in every step
-    assert not may_keep((other.to("meta"),))
-    with torch.inference_mode():
-        first = working_copy(weight, BFLOAT16)
-        weight.fill_(2.0)
-        assert torch.equal(working_copy(weight, BFLOAT16), first * 2)
 
 
 def test_transforms_of_functions_do_not_meet_copies():
@@ -376,13 +186,14 @@ def test_it_compiles_whole():
     weights, biases = parameters()
     x = inputs()
     compiled = torch.compile(mixed_linear, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        with torch.autocast("cpu", BFLOAT16):
-            y = compiled(x, weights, biases)
-            wanted = mixed_linear(x, weights, biases, impl="reference")
-        torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-2)
-        nn.init.ones_(weights[0])  # what was compiled must not have kept anything
-    assert all(destination(weight) is None for weight in weights)
+    with KeptCopies().in_use():
+        for _ in range(2):
+            with torch.autocast("cpu", BFLOAT16):
+                y = compiled(x, weights, biases)
+                wanted = mixed_linear(x, weights, biases, impl="reference")
+            torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-2)
+            nn.init.ones_(weights[0])  # what was compiled must not have kept anything
+        assert all(destination(weight) is None for weight in weights)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")

@@ -13,6 +13,7 @@ from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions
 from antlm_fast.kernels.native import weight_gradient
 from antlm_fast.kernels.native.build import FOLDER, LIBRARY
 from antlm_fast.kernels.native.library import INSTRUCTION_SETS, Library, library, unavailable_reason
+from antlm_fast.kernels.working_copies import KeptCopies
 from antlm_fast.testing.budget import assert_within_budget
 
 REASON = unavailable_reason("cpu", torch.float32)
@@ -351,7 +352,7 @@ def test_the_weight_alone_has_a_gradient_in_grad_dtype(workspace_mib: int, reduc
 
 
 def test_a_kept_copy_of_the_weight_follows_it() -> None:
-    """Under autocast the copy is made once: it must be another after any change, and the backward must have its own."""
+    """Where copies are kept, it must be another after a change, and the backward must have its own."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
     targets = torch.randint(50, (20,))
@@ -360,12 +361,15 @@ def test_a_kept_copy_of_the_weight_follows_it() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return linear_cross_entropy(hidden, weight, targets, impl="native")
 
-    before = loss()
+    copies = KeptCopies()
+    with copies.in_use():
+        before = loss()
     (wanted,) = torch.autograd.grad(before, hidden, retain_graph=True)
     with torch.no_grad():
         weight.mul_(2.0)
     assert torch.equal(torch.autograd.grad(before, hidden, retain_graph=True)[0], wanted)
-    after = loss()
+    with copies.in_use():
+        after = loss()
     fresh = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, impl="native")
     assert torch.equal(after, fresh)
     assert not torch.equal(after, before)

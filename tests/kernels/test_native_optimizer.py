@@ -214,3 +214,11 @@ def test_lamb_takes_the_ratio_one_where_a_norm_is_zero(kernels):
     wanted = plain_lamb(Update(zeros, ones, zeros, zeros, None), numbers, 1.0, torch.float64)[0]
     torch.testing.assert_close(young.weight.double(), wanted, rtol=1e-6, atol=0)
     assert (young.weight != 0).all()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, 2).t().expand(2, 2)[:, :1].expand(2, 2)])
+def test_moments_of_another_size_are_not_written_past_their_end(wrong):
+    weight = torch.zeros(2, 2)
+    for tensors in ((wrong, weight, weight), (weight, wrong, weight), (weight, weight, wrong)):
+        with pytest.raises(ValueError, match="an update's tensors must be contiguous and of one size; got shapes"):
+            adamw([Update(weight, *tensors, None)], [AdamWNumbers(1.0, 0.1, 0.9, 0.99, 1e-8, 1.0)], 1.0)

@@ -29,6 +29,47 @@ def test_selected_share_is_the_rate_on_average(strategy):
     assert abs(np.mean(shares) - 0.15) < 0.006
 
 
+def rates(strategy, length, draws, *, rate=0.15, maskable=None):
+    """How often each place of a row was selected, as a share of the stated rate."""
+    counts, ids = np.zeros(length), sequence(length)
+    maskable = np.ones(length, dtype=bool) if maskable is None else maskable
+    config, rng = MaskingConfig(strategy=strategy, rate=rate), np.random.default_rng(0)
+    for _ in range(draws):
+        counts[mask_sequence(ids, maskable, config, VOCABULARY, rate, rng)[1]] += 1
+    return counts / draws / rate
+
+
+SPANS = ("span", "span-uniform")
+
+
+@pytest.mark.parametrize("strategy", SPANS)
+def test_first_and_last_tokens_of_a_row_are_not_starved(strategy):
+    short = rates(strategy, 20, 20_000)
+    assert np.abs(short - 1).max() < 0.05  # one place's spread is 0.017
+    assert short.mean() == pytest.approx(1, abs=0.02)  # a row without a token gets one: Binomial's mean + 0.85^20
+    long = rates(strategy, 512, 2_000)
+    for ends in (long[:2], long[2:6], long[-6:-2], long[-2:]):
+        assert ends.mean() == pytest.approx(1, abs=0.15)
+    assert long.mean() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("strategy", SPANS)
+def test_tokens_beside_specials_have_the_rate_of_all_others(strategy):
+    """A row of packed documents: what may be selected begins after a special token, and goes on after the next."""
+    maskable = np.array(([False] + [True] * 7 + [False]) * 3)
+    found = rates(strategy, maskable.size, 10_000, rate=0.3, maskable=maskable)
+    assert np.abs(found[maskable] - 1).max() < 0.05
+    assert not found[~maskable].any()
+
+
+@pytest.mark.parametrize("strategy", SPANS)
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_all_tokens_of_a_short_document_have_one_rate(strategy, length):
+    """At least one token is selected, so the rate is above the stated one; a span may be longer than the document."""
+    found = rates(strategy, length, 4_000, rate=0.5)
+    assert np.abs(found / found.mean() - 1).max() < 0.05
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_selected_tokens_are_80_10_10(strategy):
     counts = np.zeros(3)

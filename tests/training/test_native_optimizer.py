@@ -9,7 +9,7 @@ from torch import nn
 from antlm_fast.kernels.dispatch import UnsupportedError
 from antlm_fast.kernels.mixed_linear import mixed_linear
 from antlm_fast.kernels.native.library import unavailable_reason
-from antlm_fast.kernels.working_copies import destination, working_copy
+from antlm_fast.kernels.working_copies import KeptCopies, destination, working_copy
 from antlm_fast.testing.budget import assert_within_budget
 from antlm_fast.training.native_optimizer import NativeAdamW, NativeLamb
 from antlm_fast.training.optimizer import OptimizerConfig, begin_step, build_optimizer, clipped_step
@@ -106,29 +106,31 @@ def test_a_state_may_be_forgotten():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_step_writes_the_working_copies(kind):
+def test_the_step_writes_the_kept_copies(kind):
     model = network()
     optimizer = build_optimizer(model, config(kind))
     layers = model[2], model[3]
-    kept = [working_copy(layer.weight, torch.bfloat16) for layer in layers]
-    steps(model, optimizer, 1)
-    versions = [each._version for each in kept]
-    for layer, each in zip(layers, kept, strict=True):
-        assert torch.equal(each, layer.weight.detach().bfloat16())
-        assert working_copy(layer.weight, torch.bfloat16).data_ptr() == each.data_ptr()
-    assert [each._version for each in kept] == versions  # nothing was cast again
-    with torch.no_grad():
-        layers[0].weight.zero_()
-    assert not working_copy(layers[0].weight, torch.bfloat16).any()
+    with KeptCopies().in_use():
+        kept = [working_copy(layer.weight, torch.bfloat16) for layer in layers]
+        steps(model, optimizer, 1)
+        versions = [each._version for each in kept]
+        for layer, each in zip(layers, kept, strict=True):
+            assert torch.equal(each, layer.weight.detach().bfloat16())
+            assert working_copy(layer.weight, torch.bfloat16).data_ptr() == each.data_ptr()
+        assert [each._version for each in kept] == versions  # nothing was cast again
+        with torch.no_grad():
+            layers[0].weight.zero_()
+        assert not working_copy(layers[0].weight, torch.bfloat16).any()
 
 
 def test_a_graph_of_former_weights_refuses_its_backward():
     model = network()
     optimizer = build_optimizer(model, config("adamw"))
     x = torch.randn(5, 24, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = mixed_linear(x, [model[2].weight])
-    steps(model, optimizer, 1)
+    with KeptCopies().in_use():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = mixed_linear(x, [model[2].weight])
+        steps(model, optimizer, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
