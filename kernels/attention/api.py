@@ -12,6 +12,7 @@ from antlm_fast.kernels.attention.unfelt import clear, unfelt_rows
 from antlm_fast.kernels.attention.validation import (
     check_cu_seqlens,
     check_tensors,
+    in_one_dtype,
     options,
     visibility,
     with_positive_scale,
@@ -177,7 +178,8 @@ def attention(
 
     Gradients and determinism:
         Gradients reach q, k and v, in their dtype; rows that see no key give and get 0. Forward and backward are
-        deterministic. torch.autocast changes nothing here: the arithmetic is that of q's dtype. The flags are read
+        deterministic. Under torch.autocast q, k and v of float32 and a narrower dtype are taken in the narrower; else
+        it changes nothing: the arithmetic is that of q's dtype. The flags are read
         when the call runs (once, from device memory on CUDA, without a sync), so changing one in place changes the
         next call.
 
@@ -185,6 +187,7 @@ def attention(
         Vaswani et al., arXiv 1706.03762, section 3.2.1; prefix-LM: Raffel et al., arXiv 1910.10683, section 3.2.1.
     """
     check_call("attention", impl, q=q, k=k, v=v)
+    q, k, v = in_one_dtype(q, k, v)
     check_tensors(q, k, v, ("batch", "seqlen"))
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}; got {k.shape[0]}")
@@ -296,6 +299,7 @@ def attention_varlen(
         as for `attention`.
     """
     check_call("attention_varlen", impl, q=q, k=k, v=v)
+    q, k, v = in_one_dtype(q, k, v)
     check_tensors(q, k, v, ("total",))
     num_seqs = check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     prefix = visibility(causal, prefix_len, num_seqs, q.device)

@@ -13,6 +13,20 @@ _BIDIRECTIONAL = 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
+def in_one_dtype(*tensors: torch.Tensor | None) -> list[Any]:
+    """Under autocast, tensors of float32 and one narrower dtype in the narrower; else as they are.
+
+    Autocast's products are narrow, and rotary positions or a norm leave float32 beside them.
+    """
+    dtypes = {x.dtype for x in tensors if x is not None}
+    device = next(x.device.type for x in tensors if x is not None)
+    if len(dtypes) == 2 and torch.float32 in dtypes and torch.is_autocast_enabled(device):
+        (narrow,) = dtypes - {torch.float32}
+        if narrow in (torch.bfloat16, torch.float16):
+            return [None if x is None else x.to(narrow) for x in tensors]
+    return list(tensors)
+
+
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, leading: tuple[str, ...]) -> None:
     for name, x, heads in (("q", q, "heads"), ("k", k, "kv_heads"), ("v", v, "kv_heads")):
         if x.dim() != len(leading) + 2:

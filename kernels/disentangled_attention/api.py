@@ -13,6 +13,7 @@ from antlm_fast.kernels.attention.unfelt import clear, unfelt_rows
 from antlm_fast.kernels.attention.validation import (
     check_cu_seqlens,
     check_tensors,
+    in_one_dtype,
     options,
     visibility,
     with_positive_scale,
@@ -118,6 +119,7 @@ def disentangled_attention(
         as for `disentangled_attention_varlen`.
     """
     check_call("disentangled_attention", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel)
+    q, k, v, q_rel, k_rel = in_one_dtype(q, k, v, q_rel, k_rel)
     check_tensors(q, k, v, ("batch", "seqlen"))
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}; got {k.shape[0]}")
@@ -259,7 +261,7 @@ def disentangled_attention_varlen(
 
     Gradients and determinism:
         Gradients reach q, k, v, q_rel and k_rel, in their dtype. Forward and backward are deterministic, without
-        atomics; memory grows linearly with the length. torch.autocast changes nothing here. The flags are read when
+        atomics; memory grows linearly with the length. torch.autocast as for `attention`. The flags are read when
         the call runs (once, from device memory on CUDA, without a sync).
 
     Source:
@@ -267,6 +269,7 @@ def disentangled_attention_varlen(
         relative term at bucket(j - i)).
     """
     check_call("disentangled_attention_varlen", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel)
+    q, k, v, q_rel, k_rel = in_one_dtype(q, k, v, q_rel, k_rel)
     check_tensors(q, k, v, ("total",))
     num_seqs = check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if positions_q is not None:

@@ -93,15 +93,15 @@ def compact_labelled(
 def labelled_rows(targets: torch.Tensor, ignore_index: int) -> LabelledRows:
     """What the loss makes of rows that were handed to it.
 
-    On the CPU only labelled rows go through the head. On CUDA their number is not known without stalling the device, so
-    every row goes through and `counts` tells which matter.
+    On the CPU only labelled rows go through the head. On CUDA their number is not known without stalling the device,
+    and a compiled graph cannot depend on it: every row is handed over, and `counts` tells which matter.
 
     Args:
         targets: int64 (rows,).
         ignore_index: the target of a row that is not labelled.
     """
     labelled = targets != ignore_index
-    if not _host_may_read(targets):
+    if torch.compiler.is_compiling() or not _host_may_read(targets):
         return LabelledRows(None, labelled, labelled.sum(), targets)
     rows = labelled.nonzero().squeeze(1)
     if rows.numel() == targets.numel():

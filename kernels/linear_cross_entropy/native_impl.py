@@ -62,16 +62,18 @@ class _Run:
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        counts: Tensor | None,
         numbers: tuple[float, float, float | None],
         workspace_mib: int,
+        room_for: int = 0,
     ) -> None:
+        """room_for: so many rows of logits are there at least."""
         self.hidden, self.weight = hidden.contiguous(), weight  # no padding: see native_products
-        self.bias, self.targets, self.counts = (None if x is None else x.contiguous() for x in (bias, targets, counts))
+        self.bias = None if bias is None else bias.contiguous()
+        self.targets = targets.contiguous()
         self.numbers = numbers
         self.losses, self.lse, self.correct = _new_rows(hidden)
         self.chunks = _chunks(hidden, weight, workspace_mib)
-        self.logits = POOL.take((self.chunks[0].stop, padded(weight.shape[0])), dtype=hidden.dtype)
+        self.logits = POOL.take((max(self.chunks[0].stop, room_for), padded(weight.shape[0])), dtype=hidden.dtype)
 
     def losses_of(self, chunk: slice) -> None:
         """Writes a chunk's losses, lse and correct; its logits are used up."""
@@ -86,7 +88,7 @@ class _Run:
         logits = self.logits[:rows, :vocab]
         project(self.hidden[chunk], self.weight, logits)
         z_loss, label_smoothing, softcap = self.numbers
-        of_rows = (self.targets, self.counts, upstream, self.losses, self.lse, self.correct)
+        of_rows = (self.targets, None, upstream, self.losses, self.lse, self.correct)
         library().call(
             "cross_entropy_rows",
             logits,
@@ -131,18 +133,48 @@ def _forward(
         hidden, weight, bias: what the gradients belong to; the factors are their values in the dtype of the products.
         wanted: which of the three gradients the backward will be asked for.
     """
+    rows, vocab = _counted(counts, targets, weight), weight.shape[0]
+    factor, targets = _of(rows, hidden_factor), _of(rows, targets)
+    # by all rows, since what is kept has its shape of them
+    one_chunk = any(wanted) and len(_chunks(hidden_factor, weight_factor, workspace_mib)) == 1
+    room_for = hidden.shape[0] if one_chunk else 0
     numbers = z_loss, label_smoothing, softcap
-    run = _Run(hidden_factor, weight_factor, bias_factor, targets, counts, numbers, workspace_mib)
+    run = _Run(factor, weight_factor, bias_factor, targets, numbers, workspace_mib, room_for)
     kept = _nothing(hidden_factor)
-    if any(wanted) and len(run.chunks) == 1:
-        kept = run.d_logits_of(run.chunks[0]), *kept[1:]
+    if one_chunk:
+        run.d_logits_of(run.chunks[0])
+        kept = run.logits[:room_for, :vocab], *kept[1:]
     elif any(wanted) and reduce:
-        kept = run.gradients(wanted, None)
+        d_hidden, *of_parameters = run.gradients(wanted, None)
+        kept = _among(rows, d_hidden, hidden) if wanted[0] else d_hidden, *of_parameters
     else:
         for chunk in run.chunks:
             run.losses_of(chunk)
-    loss = run.losses.sum() if reduce else run.losses.clone()
-    return loss, run.losses, run.lse, run.correct, *kept
+    losses, lse, correct = (_among(rows, x, hidden) for x in (run.losses, run.lse, run.correct))
+    return losses.sum() if reduce else losses.clone(), losses, lse, correct, *kept
+
+
+def _counted(counts: Tensor | None, targets: Tensor, weight: Tensor) -> Tensor | None:
+    """int64, the rows that count; None is all. A traced call hands over all rows and checks no target: here they are
+    picked, and checked."""
+    if counts is None:
+        return None
+    rows = counts.nonzero().squeeze(1)
+    if rows.numel():
+        least, greatest = (int(bound) for bound in targets[rows].aminmax())
+        if least < 0 or greatest >= weight.shape[0]:
+            wrong = least if least < 0 else greatest
+            raise ValueError(f"targets must be in [0, {weight.shape[0]}) or ignore_index; got {wrong}")
+    return rows
+
+
+def _of(rows: Tensor | None, x: Tensor) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _among(rows: Tensor | None, x: Tensor, every: Tensor) -> Tensor:
+    """What was found of `rows`, among as many rows as `every` has; 0 elsewhere."""
+    return x if rows is None else x.new_zeros((every.shape[0], *x.shape[1:])).index_copy_(0, rows, x)
 
 
 def _fake(hidden, weight, bias, hidden_factor, weight_factor, *rest):  # type: ignore[no-untyped-def]
@@ -236,14 +268,20 @@ def _gradients_op(
     """
     dtypes = hidden_dtype, weight_dtype, bias_dtype
     scale = upstream.item() if reduce else 1.0
-    of_rows = None if reduce else upstream.contiguous() if counts is None else upstream.where(counts, 0.0)
+    rows = None if counts is None else counts.nonzero().squeeze(1)
+    of_rows = None if reduce else _of(rows, upstream).contiguous()
+    factor = _of(rows, hidden).contiguous()
     with torch.autocast("cpu", enabled=False):
         if len(_chunks(hidden, weight, workspace_mib)) == 1:
-            return _products(kept_hidden, hidden.contiguous(), weight, of_rows, scale, wanted, dtypes)
+            d_logits = kept_hidden[: factor.shape[0]]
+            d_hidden, *of_parameters = _products(d_logits, factor, weight, of_rows, scale, wanted, dtypes)
+            return _among(rows, d_hidden, hidden) if wanted[0] else d_hidden, *of_parameters
         sums = kept_hidden, kept_weight, kept_bias
         if not reduce:
             numbers = z_loss, label_smoothing, softcap
-            sums = _Run(hidden, weight, bias, targets, counts, numbers, workspace_mib).gradients(wanted, of_rows)
+            run = _Run(factor, weight, bias, _of(rows, targets), numbers, workspace_mib)
+            d_rows, *of_parameters = run.gradients(wanted, of_rows)
+            sums = _among(rows, d_rows, hidden) if wanted[0] else d_rows, *of_parameters
     d_hidden, d_weight, d_bias = _new_gradients(hidden, weight, wanted, dtypes)
     if wanted[0]:
         d_hidden = sums[0].to(hidden_dtype) * scale

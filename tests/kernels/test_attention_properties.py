@@ -339,3 +339,19 @@ def test_no_sequences_give_gradients_of_0_and_not_none(impl: str) -> None:
     assert not out.any()
     for gradient in torch.autograd.grad(out.sum(), leaves):
         assert torch.equal(gradient, torch.zeros(3, 2, 8))
+
+
+def test_autocast_takes_queries_that_rotary_left_in_float32(impl: str) -> None:
+    """A layer of a user's: projections are bfloat16 under autocast, and x * cos is float32."""
+    q, k, v = (x[None].requires_grad_() for x in _inputs(20))
+    narrow = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    wanted = attention(*narrow, causal=True, impl=impl)
+    with torch.autocast(q.device.type, torch.bfloat16):
+        out = attention(q, k, narrow[2], causal=True, impl=impl)
+    assert torch.equal(out, wanted)
+    gradients = torch.autograd.grad(out.float().square().sum(), (q, k, narrow[2]))
+    assert [x.dtype for x in gradients] == [torch.float32, torch.float32, torch.bfloat16]
+    for actual, expected in zip(gradients, torch.autograd.grad(wanted.float().square().sum(), narrow), strict=True):
+        assert torch.equal(actual.bfloat16(), expected)
+    with pytest.raises(TypeError, match="v must have q's dtype torch.float32; got torch.bfloat16"):
+        attention(q, k, narrow[2], causal=True, impl=impl)

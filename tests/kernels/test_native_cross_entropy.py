@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from antlm_fast.kernels.linear_cross_entropy import linear_cross_entropy, native_impl, native_products
 from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions
@@ -413,6 +414,38 @@ def test_one_opaque_node_of_a_compiled_graph(reduce: bool, workspace_mib: int) -
     upstream = torch.full_like(wanted.loss, 0.3)
     gradients = [torch.autograd.grad(each.loss, inputs, upstream) for each in (wanted, found)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# dynamo's own, of any autograd.Function
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("workspace_mib", [1, 64])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("impl", ["native", "torch", "reference"])
+def test_one_graph_whatever_rows_are_labelled(impl: str, reduction: str, workspace_mib: int) -> None:
+    """How many rows are labelled is a value, on which a graph cannot depend."""
+    leaves, targets = _large(0)
+    options: dict[str, Any] = {"reduction": reduction, "workspace_mib": workspace_mib, "impl": impl}
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=graphs)
+    for every in (1, 2, 7):
+        some = targets.clone()
+        some[torch.arange(len(some)) % every > 0] = -100
+        losses = [call(*leaves, some, **options) for call in (linear_cross_entropy, compiled)]
+        torch.testing.assert_close(losses[1], losses[0])
+        gradients = [torch.autograd.grad(loss.sum(), leaves) for loss in losses]
+        for expected, actual in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_target_out_of_range_is_refused_in_a_graph_too(reduction: str) -> None:
+    leaves, targets = _large(0)
+    targets[3] = 5000
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 5000\) or ignore_index; got 5000"):
+        compiled(*leaves, targets, reduction=reduction, impl="native")
 
 
 @pytest.mark.parametrize("reduce", [True, False])
