@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import antlm_fast
+from antlm_fast.cores import choose_waiting
 from antlm_fast.types import InputError, Objective
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
             _check_text(name, getattr(options, name, None))
             if str(getattr(options, name, "")).startswith("\ufeff"):  # the byte order mark of "$(cat FILE)"
                 setattr(options, name, getattr(options, name).removeprefix("\ufeff"))
+        if options.command in (_train, _eval, _generate, _fill, _doctor) and (line := choose_waiting()):
+            print(line, file=sys.stderr)
         options.command(options)
     except InputError as error:
         return _complain(str(error))

@@ -10,6 +10,7 @@ from importlib import metadata
 
 import torch
 
+from antlm_fast.cores import WAIT_SETTINGS, busy_cores, my_cores
 from antlm_fast.environment import resolve_device, resolve_precision
 from antlm_fast.kernels.attention import OPS as ATTENTION_OPS
 from antlm_fast.kernels.attention import AttentionCall
@@ -44,6 +45,7 @@ def report_lines() -> Iterator[str]:
     device = resolve_device("auto")
     yield f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch        {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    yield f"cores        {_cores()}"
     yield f"device       {device}: {_device_name(device)}; precision auto means {resolve_precision('auto', device)}"
     yield f"compiler     {shutil.which('c++') or 'none'} (for the C++ kernels at install, and Triton's launcher)"
     yield f"C++ kernels  {native.unavailable_reason('cpu', DTYPE) or native.library().description}"
@@ -55,6 +57,13 @@ def report_lines() -> Iterator[str]:
         for row in rows:
             served = "serves, and auto takes it" if row.chosen else "serves"
             yield f"  {row.impl:11}{served if row.reason is None else row.reason}"
+
+
+def _cores() -> str:
+    busy = busy_cores()
+    others = "the system does not tell what others do" if busy is None else f"others keep {busy:.1f} of them busy"
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in WAIT_SETTINGS if name in os.environ)
+    return f"{len(my_cores())} for this process, {others}; threads wait by {settings or 'spinning, then sleeping'}"
 
 
 def _operations(device: str) -> Iterator[tuple[str, list[ImplementationRow]]]:

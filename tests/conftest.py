@@ -2,8 +2,12 @@
 
 import os
 
-import pytest
-import torch
+from antlm_fast.cores import choose_waiting
+
+choose_waiting()  # before torch is there
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # kernel tests ask torch for deterministic algorithms, for which older CUDA builds want this
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -29,6 +29,7 @@ ALLOWED = {
     "types": set(),
     "user_text": {"types"},
     "environment": {"types"},
+    "cores": set(),
     "schedule": {"types"},
     "data": {"types", "user_text"},
     "objectives": {"types"},
@@ -39,8 +40,8 @@ ALLOWED = {
     "recipes": {"types", "data", "objectives", "models", "training"},
     "pipeline": BELOW_PIPELINE,
     "prime": {"types", "kernels", "training"},
-    "doctor": BELOW_PIPELINE | {"pipeline"},
-    "cli": BELOW_PIPELINE | {"pipeline", "doctor", "prime", "recipes"},
+    "doctor": BELOW_PIPELINE | {"cores", "pipeline"},
+    "cli": BELOW_PIPELINE | {"cores", "pipeline", "doctor", "prime", "recipes"},
     "__init__": BELOW_PIPELINE | {"pipeline", "recipes"},
 }
 BANNED = {"utils", "common", "helpers", "misc", "base", "manager", "handler"}
