@@ -183,8 +183,8 @@ def _host_map(groups: list[list[int]], padded: list[int], starts: tuple[int, ...
     if rows == list(range(total)):
         return None
     slack = torch.arange(total, device="cpu") >= starts[-1] if starts[-1] < total else None
-    where = {"dtype": torch.int64, "device": "cpu"}
-    return RowMap(torch.tensor(rows, **where), torch.tensor(slots, **where), _as_rows(slack))
+    of_slots, of_rows = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (rows, slots))
+    return RowMap(of_slots, of_rows, _as_rows(slack))
 
 
 def _device_map(starts: torch.Tensor, padded: int, total: int) -> RowMap:

@@ -131,7 +131,7 @@ def options(
     }
 
 
-def with_positive_scale(softmax_scale: float, *queries: torch.Tensor | None) -> tuple[float, list[torch.Tensor | None]]:
+def with_positive_scale(softmax_scale: float, *queries: torch.Tensor | None) -> tuple[float, list[Any]]:
     """A scale above 0, and queries that have the same scores with it: kernels scale the largest product, not each.
 
     Args:

@@ -145,8 +145,7 @@ def _forward(
         run.d_logits_of(run.chunks[0])
         kept = run.logits[:room_for, :vocab], *kept[1:]
     elif any(wanted) and reduce:
-        d_hidden, *of_parameters = run.gradients(wanted, None)
-        kept = _among(rows, d_hidden, hidden) if wanted[0] else d_hidden, *of_parameters
+        kept = _among_all(rows, run.gradients(wanted, None), hidden, wanted)
     else:
         for chunk in run.chunks:
             run.losses_of(chunk)
@@ -175,6 +174,14 @@ def _of(rows: Tensor | None, x: Tensor) -> Tensor:
 def _among(rows: Tensor | None, x: Tensor, every: Tensor) -> Tensor:
     """What was found of `rows`, among as many rows as `every` has; 0 elsewhere."""
     return x if rows is None else x.new_zeros((every.shape[0], *x.shape[1:])).index_copy_(0, rows, x)
+
+
+def _among_all(
+    rows: Tensor | None, gradients: tuple[Tensor, Tensor, Tensor], hidden: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients with hidden's, where it is wanted, among all rows."""
+    d_hidden, d_weight, d_bias = gradients
+    return _among(rows, d_hidden, hidden) if wanted[0] else d_hidden, d_weight, d_bias
 
 
 def _fake(hidden, weight, bias, hidden_factor, weight_factor, *rest):  # type: ignore[no-untyped-def]
@@ -274,14 +281,13 @@ def _gradients_op(
     with torch.autocast("cpu", enabled=False):
         if len(_chunks(hidden, weight, workspace_mib)) == 1:
             d_logits = kept_hidden[: factor.shape[0]]
-            d_hidden, *of_parameters = _products(d_logits, factor, weight, of_rows, scale, wanted, dtypes)
-            return _among(rows, d_hidden, hidden) if wanted[0] else d_hidden, *of_parameters
+            found = _products(d_logits, factor, weight, of_rows, scale, wanted, dtypes)
+            return _among_all(rows, found, hidden, wanted)
         sums = kept_hidden, kept_weight, kept_bias
         if not reduce:
             numbers = z_loss, label_smoothing, softcap
             run = _Run(factor, weight, bias, _of(rows, targets), numbers, workspace_mib)
-            d_rows, *of_parameters = run.gradients(wanted, of_rows)
-            sums = _among(rows, d_rows, hidden) if wanted[0] else d_rows, *of_parameters
+            sums = _among_all(rows, run.gradients(wanted, of_rows), hidden, wanted)
     d_hidden, d_weight, d_bias = _new_gradients(hidden, weight, wanted, dtypes)
     if wanted[0]:
         d_hidden = sums[0].to(hidden_dtype) * scale
