@@ -14,7 +14,9 @@ from typing import Any
 
 from antlm_fast.training.checkpoint import latest_checkpoint
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has only the first two
+STOPPING = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP"))
+SAVING = tuple(each for each in signal.Signals if each.name == "SIGUSR1")
 
 
 class RunSignals:
@@ -54,7 +56,7 @@ class RunSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        if received is signal.SIGUSR1:
+        if received in SAVING:
             self.save = True
             return
         self.stop = received
@@ -66,7 +68,7 @@ class RunSignals:
                 os.write(2, b"\nantlm-fast: stops after this step and saves; Ctrl-C again stops at once\n")
 
     def _install(self) -> None:
-        for number in (*STOPPING, signal.SIGUSR1):
+        for number in (*STOPPING, *SAVING):
             previous = signal.getsignal(number)
             if previous not in (signal.SIG_IGN, None):  # nohup and trap '' stay in force
                 self._previous[number] = signal.signal(number, self._receive)
@@ -101,4 +103,4 @@ def run_signals(checkpoints: Path) -> Iterator[RunSignals]:
             raise KeyboardInterrupt(line) from None
         raise
     finally:
-        signals._restore(*STOPPING, signal.SIGUSR1)
+        signals._restore(*STOPPING, *SAVING)
