@@ -96,7 +96,8 @@ def _train_alone(config: TrainConfig | None, run_folder: Path, resume: bool, sig
         check_splits(config.data)
         if config.tokenizer.path is None:
             _say(f"training the tokenizer on {config.data.train}")
-        tokenizer = train_tokenizer(open_source(config.data, "train").documents(), config.tokenizer)
+        with signals.at_once():  # nothing is written yet
+            tokenizer = train_tokenizer(open_source(config.data, "train").documents(), config.tokenizer)
         config = _resolved(config, tokenizer)
         fingerprints = {}
     stores = {split: prepare(config.data, tokenizer, split, fingerprint=fingerprints.get(split)) for split in SPLITS}

@@ -83,7 +83,7 @@ def _guessed_encoding(data: bytes) -> str | None:
             return name
     zeros = [data[place::4].count(0) for place in range(4)]
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
-    if 20 * (even + odd) < len(data):  # blanks alone are more, in any language that has them
+    if even + odd < 4 or 20 * (even + odd) < len(data):  # blanks alone are more, in any language that has them
         return None
     most = 0.9 * (len(data) // 4)
     if min(zeros[2:]) > most:

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from antlm_fast.kernels.tracing import is_plain
 
@@ -138,7 +139,7 @@ def working_copy(weights: torch.Tensor | tuple[torch.Tensor, ...], dtype: torch.
 
 def may_keep(weights: tuple[torch.Tensor, ...]) -> bool:
     """Whether a copy of these can be kept: plain leaf tensors of a CPU, outside of compilation and of functorch."""
-    if not is_plain(*weights) or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
+    if not is_plain(*weights) or torch._C._get_tracing_state() or forward_ad._current_level >= 0:
         return False
     return all(
         weight.device.type == "cpu" and weight.is_leaf and not weight.is_inference()  # counts no versions

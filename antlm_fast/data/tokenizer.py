@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ ROLES = {
 # where tokenizer_config.json keeps what an exported tokenizer.json differs in from the one of training
 TRAINING_FORM = "antlm_fast_training_form"
 _TEXTS_PER_BATCH = 1000
+# learning takes time that grows with the square of a word, and there are texts without a blank
+_UNBROKEN = re.compile(r"\S{1000}")
 
 
 @dataclass(frozen=True)
@@ -257,9 +260,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         raise InputError("texts must hold at least one document to train a tokenizer on; got none")
 
     def batches() -> Iterator[list[str]]:
-        yield [first]
+        yield [_UNBROKEN.sub(r"\g<0> ", first)]
         while batch := list(islice(iterator, _TEXTS_PER_BATCH)):
-            yield batch
+            yield [_UNBROKEN.sub(r"\g<0> ", text) for text in batch]
 
     train = train_byte_level_bpe if config.kind == "byte_level_bpe" else train_word_piece
     return Tokenizer(train(batches(), config.vocab_size, config.min_frequency))

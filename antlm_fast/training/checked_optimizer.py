@@ -9,24 +9,19 @@ from torch import Tensor
 
 from antlm_fast.types import InputError
 
-# options of torch's optimizers that ours have not, with the values that ask for nothing
-_NEUTRAL: dict[str, tuple[bool | None, ...]] = {
-    "amsgrad": (False,),
-    "maximize": (False,),
-    "capturable": (False,),
-    "differentiable": (False,),
-    "foreach": (None, False),
-    "fused": (None, False),
-    "decoupled_weight_decay": (True,),
+# options of torch's optimizers that ours have not, with the values that ask for nothing; fused and foreach ask for no
+# other numbers
+_NEUTRAL = {
+    "amsgrad": False,
+    "maximize": False,
+    "capturable": False,
+    "differentiable": False,
+    "decoupled_weight_decay": True,
 }
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
     """Refuses options that it would ignore, and gradients and moments that do not fit their parameter."""
-
-    def neutral(self, option: str) -> tuple[bool | None, ...]:
-        """The values of an option of torch's that a group may have."""
-        return _NEUTRAL[option]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._check_options(param_group, len(self.param_groups))
@@ -55,9 +50,8 @@ class CheckedOptimizer(torch.optim.Optimizer):
                         _check_moments(parameter, self.state[parameter])
 
     def _check_options(self, group: dict[str, Any], place: int) -> None:
-        for option in _NEUTRAL:
-            if option in group and group[option] not in self.neutral(option):
-                wanted = self.neutral(option)[-1]
+        for option, wanted in _NEUTRAL.items():
+            if group.get(option, wanted) != wanted:
                 raise InputError(
                     f"param_groups[{place}][{option!r}] must be {wanted}, as {type(self).__name__} has nothing else; "
                     f"got {group[option]!r}"

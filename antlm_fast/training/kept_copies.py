@@ -36,8 +36,18 @@ def copies_kept(model: nn.Module, optimizer: torch.optim.Optimizer, *others: obj
     """
     ours = isinstance(optimizer, NativeAdamW | NativeLamb) and not any(_GLOBAL_HOOKS)
     ours = ours and not any(_is_changed(part) for part in (optimizer, *others, *model.modules()))
+    ours = ours and _is_memory_apart([*model.parameters(), *model.buffers()], optimizer)
     with KeptCopies().in_use() if ours and not any(map(_is_watched, model.parameters())) else contextlib.nullcontext():
         yield
+
+
+def _is_memory_apart(tensors: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether no two tensors share memory, each of which would count only what is written through itself, and whether
+    the optimizer's are among them."""
+    distinct = {id(tensor): tensor for tensor in tensors}
+    places = [tensor.untyped_storage().data_ptr() for tensor in distinct.values() if tensor.numel()]
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return len(set(places)) == len(places) and all(id(parameter) in distinct for parameter in stepped)
 
 
 def _is_changed(part: object) -> bool:

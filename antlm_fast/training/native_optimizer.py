@@ -25,11 +25,10 @@ from antlm_fast.kernels.native.optimizer_step import (
     lamb,
     squared_norm,
 )
+from antlm_fast.kernels.tracing import is_plain
 from antlm_fast.kernels.working_copies import destination, mark_current
 from antlm_fast.training.checked_optimizer import CheckedOptimizer
 from antlm_fast.training.lamb import Lamb
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # whose address is that of their numbers
 
 
 def unserved_reason(parameters: Iterable[Tensor]) -> str | None:
@@ -41,11 +40,18 @@ def unserved_reason(parameters: Iterable[Tensor]) -> str | None:
         if parameter.dtype != torch.float32 or not parameter.is_contiguous():
             return f"the C++ optimizer steps contiguous float32 parameters, not {parameter.dtype}"
         gradient = parameter.grad
-        if type(parameter) not in _PLAIN or (gradient is not None and type(gradient) not in _PLAIN):
+        if not is_plain(parameter, gradient):
             return f"the C++ optimizer steps plain tensors, not {type(parameter).__name__}"
         if gradient is not None and (gradient.dtype not in GRADIENT_DTYPES or gradient.layout != torch.strided):
             return f"the C++ optimizer takes dense float32 or bfloat16 gradients, not {gradient.dtype}"
     return None
+
+
+def _resolve_negatives(parameters: Iterable[Tensor]) -> None:
+    """A gradient that autograd formed by a conjugate may be a view that negates: its numbers are not at its address."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_neg():
+            parameter.grad = parameter.grad.resolve_neg()
 
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -54,7 +60,7 @@ _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 class _OnePass(CheckedOptimizer):
     """What both share: the state, the clipping and the working copies.
 
-    A model that was moved to another dtype or device after its optimizer was built is stepped by torch's.
+    A model that was moved to another dtype or device before its first step is stepped by torch's.
     """
 
     _factor = 1.0
@@ -68,6 +74,7 @@ class _OnePass(CheckedOptimizer):
             The norm before clipping, float32 ().
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        _resolve_negatives(parameters)
         if unserved_reason(parameters) is not None:
             self.check_step()
             clipped = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -91,6 +98,7 @@ class _OnePass(CheckedOptimizer):
                 loss = closure()
         pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         pairs = [(parameter, group) for parameter, group in pairs if parameter.grad is not None]
+        _resolve_negatives(parameter for parameter, _ in pairs)
         served = unserved_reason(parameter for parameter, _ in pairs) is None
         self.check_step(takes_bfloat16=served)
         if not served:
@@ -153,9 +161,6 @@ class NativeAdamW(_OnePass, torch.optim.AdamW):
         self, params: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.01
     ) -> None:
         torch.optim.AdamW.__init__(self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-
-    def neutral(self, option: str) -> tuple[bool | None, ...]:
-        return (None, True) if option == "fused" else super().neutral(option)
 
     def _numbers(self, group: dict[str, Any], step: float) -> AdamWNumbers:
         (beta1, beta2), lr = group["betas"], group["lr"]

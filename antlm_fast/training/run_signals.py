@@ -48,6 +48,19 @@ class RunSignals:
             self._deferred = False
         self._end_if_stopped()
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While this is open, SIGTERM and SIGHUP end the process as if there were no handler: while code of another
+        language runs, which may be minutes, no handler of Python's does."""
+        numbers = [each for each in STOPPING if self._previous.get(each) is signal.SIG_DFL]
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                signal.signal(number, self._receive)
+
     def _end_if_stopped(self) -> None:
         if self.stop is signal.SIGINT:
             raise KeyboardInterrupt

@@ -133,7 +133,7 @@ class Trainer:
                 on_cpu = self.device.type == "cpu"
                 try:
                     memory_kept = freed_memory_is_kept() if on_cpu else contextlib.nullcontext()
-                    with memory_kept, copies_kept(self.model, self.optimizer, self, *self.rows.values()):
+                    with memory_kept, copies_kept(self.model, self.optimizer, self, signals, *self.rows.values()):
                         self._train(state, log, progress, signals)
                 finally:
                     progress.close()

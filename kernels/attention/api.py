@@ -186,7 +186,7 @@ def attention(
     Source:
         Vaswani et al., arXiv 1706.03762, section 3.2.1; prefix-LM: Raffel et al., arXiv 1910.10683, section 3.2.1.
     """
-    check_call("attention", impl, q=q, k=k, v=v)
+    check_call("attention", impl, q=q, k=k, v=v, causal=causal, prefix_len=prefix_len, dropout_seed=dropout_seed)
     q, k, v = in_one_dtype(q, k, v)
     check_tensors(q, k, v, ("batch", "seqlen"))
     if q.shape[0] != k.shape[0]:
@@ -298,7 +298,8 @@ def attention_varlen(
     Gradients and determinism, Source:
         as for `attention`.
     """
-    check_call("attention_varlen", impl, q=q, k=k, v=v)
+    packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "causal": causal, "prefix_len": prefix_len}
+    check_call("attention_varlen", impl, q=q, k=k, v=v, **packing, dropout_seed=dropout_seed)
     q, k, v = in_one_dtype(q, k, v)
     check_tensors(q, k, v, ("total",))
     num_seqs = check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

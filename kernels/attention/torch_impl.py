@@ -27,6 +27,7 @@ from antlm_fast.kernels.attention.torch_rows import (
     unpad,
     unpad_lse,
 )
+from antlm_fast.kernels.tracing import check_no_transform
 
 # of one head's scores: from here on, on the CPU, fused attention wins
 _MATERIALISED_KIB = 512
@@ -44,6 +45,7 @@ def attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention; arguments as in api.attention, with one prefix length for all (int) or for each sequence."""
+    check_no_transform("attention")
     batch, len_q, heads, _ = q.shape
     len_k = k.shape[1]
     if not q.numel() or not k.numel():
@@ -77,6 +79,7 @@ def attention_varlen(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention; arguments as in api.attention_varlen, with one prefix length for all (int) or for each."""
+    check_no_transform("attention")
     num_seqs = cu_seqlens_q.numel() - 1
     if not (q.numel() and k.numel() and num_seqs and max_seqlen_q and max_seqlen_k):
         return nothing_to_see(q, k, v), no_lse(q, (q.shape[1], q.shape[0])) if return_lse else None

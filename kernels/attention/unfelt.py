@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 
+from antlm_fast.kernels.tracing import is_plain
+
 
 def clear(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """x (..., heads, head_dim) with 0 where the mask (...) is; its gradient is 0 there. None is x itself."""
@@ -26,12 +28,15 @@ def unfelt_rows(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(bool (total_q,): queries that see nothing, bool (total_k,): keys that nobody sees); None where there are none.
 
+    Give the same tensor for both where queries and keys have one packing: then nothing is looked at.
+
     Args: as of api.attention_varlen and api.disentangled_attention_varlen, with one prefix length for all (int) or for
         each. Values are read on the CPU alone.
     """
     if (cu_q is cu_k and positions_q is None) or cu_q.numel() == 1:
         return None, None
-    if cu_q.device.type == "cpu" and not torch.compiler.is_compiling():
+    # what is read here would be a constant of a graph that is recorded
+    if cu_q.device.type == "cpu" and is_plain(cu_q, cu_k, prefix_len, positions_q):
         return _on_host(cu_q, cu_k, prefix_len, positions_q, total_q, total_k)
     len_q, len_k = cu_q.diff(), cu_k.diff()
     last = len_k

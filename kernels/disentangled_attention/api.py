@@ -118,7 +118,8 @@ def disentangled_attention(
     Raises, Gradients and determinism, Source:
         as for `disentangled_attention_varlen`.
     """
-    check_call("disentangled_attention", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel)
+    flags = {"causal": causal, "prefix_len": prefix_len, "dropout_seed": dropout_seed}
+    check_call("disentangled_attention", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel, **flags)
     q, k, v, q_rel, k_rel = in_one_dtype(q, k, v, q_rel, k_rel)
     check_tensors(q, k, v, ("batch", "seqlen"))
     if q.shape[0] != k.shape[0]:
@@ -268,7 +269,10 @@ def disentangled_attention_varlen(
         LTG-BERT, arXiv 2303.09859, section 3; He et al., DeBERTa, arXiv 2006.03654, equation 4 (which reads the second
         relative term at bucket(j - i)).
     """
-    check_call("disentangled_attention_varlen", impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel)
+    flags = {"causal": causal, "prefix_len": prefix_len, "dropout_seed": dropout_seed, "positions_q": positions_q}
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    op = "disentangled_attention_varlen"
+    check_call(op, impl, q=q, k=k, v=v, q_rel=q_rel, k_rel=k_rel, **packed, **flags)
     q, k, v, q_rel, k_rel = in_one_dtype(q, k, v, q_rel, k_rel)
     check_tensors(q, k, v, ("total",))
     num_seqs = check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

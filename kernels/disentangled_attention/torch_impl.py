@@ -15,6 +15,7 @@ import torch
 from antlm_fast.kernels.attention.torch_rows import no_lse, nothing_to_see, pad, parts, unpad, unpad_lse
 from antlm_fast.kernels.disentangled_attention.torch_layout import Packing, device_layout, host_layout
 from antlm_fast.kernels.disentangled_attention.torch_scores import Call, run_block
+from antlm_fast.kernels.tracing import check_no_transform
 
 # of one head's scores: from here on they are formed again in the backward
 _MATERIALISED_KIB = 1024
@@ -40,6 +41,7 @@ def disentangled_attention_varlen(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention; arguments as in the api, with one prefix length for all (int) or for each sequence."""
+    check_no_transform("disentangled_attention")
     heads, total_q, total_k = q.shape[1], q.shape[0], k.shape[0]
     nothing = not (q.numel() and k.numel() and cu_seqlens_q.numel() > 1 and max_seqlen_q and max_seqlen_k)
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, prefix_len)

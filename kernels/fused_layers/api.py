@@ -118,7 +118,7 @@ def add_norm(
     options = LayerOptions(out_dtype or total_dtype, kind == "layer", float(eps), float(dropout_p), seed)
     if residual is None and not dropout_p:
         return x, _norm("add_norm", x, weight, bias, options, impl)
-    forward = _chosen("add_norm", impl, (x, residual, weight, bias), total_dtype, options.out_dtype)
+    forward = _chosen("add_norm", impl, (x, residual, weight, bias, dropout_seed), total_dtype, options.out_dtype)
     total, normed = forward(_as_rows(x), None if residual is None else _as_rows(residual), weight, bias, options)
     return _shaped(total, x.shape), _shaped(normed, x.shape)
 
@@ -170,7 +170,7 @@ def add_dropout(
         return x if residual is None else residual + x
     total_dtype = x.dtype if residual is None else residual.dtype
     options = LayerOptions(total_dtype, dropout_p=float(dropout_p), dropout_seed=seed)
-    forward = _chosen("add_dropout", impl, (x, residual), total_dtype)
+    forward = _chosen("add_dropout", impl, (x, residual, dropout_seed), total_dtype)
     return _shaped(forward(_as_rows(x), None if residual is None else _as_rows(residual), options), x.shape)
 
 

@@ -191,14 +191,14 @@ def linear_cross_entropy(
         raise ValueError("return_lse must be False with return_metrics, which holds the lse; got True")
     if workspace_mib < 1:
         raise ValueError(f"workspace_mib must be at least 1; got {workspace_mib}")
-    labelled = labelled_rows(targets, ignore_index)
+    call = LinearCrossEntropyCall(hidden.device.type, compute_dtype, hidden.shape[1], weight.shape[0], reduction)
+    chosen = choose("linear_cross_entropy", TABLE, impl, call)
+    labelled = labelled_rows(targets, ignore_index, picks=chosen is TABLE["native"])
     hidden = labelled.gather(hidden)
     if labelled.counts is None:
         _check_targets(labelled.targets, weight.shape[0], ignore_index)
     elif not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         _check_targets(labelled.targets[labelled.counts], weight.shape[0], ignore_index)
-    call = LinearCrossEntropyCall(hidden.device.type, compute_dtype, hidden.shape[1], weight.shape[0], reduction)
-    chosen = choose("linear_cross_entropy", TABLE, impl, call)
     options = LossOptions(
         compute_dtype=compute_dtype,
         reduce=reduction != "none",

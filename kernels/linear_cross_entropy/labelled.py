@@ -90,7 +90,7 @@ def compact_labelled(
     return LabelledRows(rows, counts, total, compact, total > capacity)
 
 
-def labelled_rows(targets: torch.Tensor, ignore_index: int) -> LabelledRows:
+def labelled_rows(targets: torch.Tensor, ignore_index: int, *, picks: bool = False) -> LabelledRows:
     """What the loss makes of rows that were handed to it.
 
     On the CPU only labelled rows go through the head. On CUDA their number is not known without stalling the device,
@@ -99,9 +99,11 @@ def labelled_rows(targets: torch.Tensor, ignore_index: int) -> LabelledRows:
     Args:
         targets: int64 (rows,).
         ignore_index: the target of a row that is not labelled.
+        picks: whether who computes the loss on a CPU leaves out the rows that do not count; else a graph breaks here,
+            which costs less than their logits.
     """
     labelled = targets != ignore_index
-    if torch.compiler.is_compiling() or not _host_may_read(targets):
+    if (picks and torch.compiler.is_compiling()) or not _host_may_read(targets):
         return LabelledRows(None, labelled, labelled.sum(), targets)
     rows = labelled.nonzero().squeeze(1)
     if rows.numel() == targets.numel():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from antlm_fast.kernels.linear_cross_entropy.contract import LossOptions, RowResults
-from antlm_fast.kernels.tracing import first_order
+from antlm_fast.kernels.tracing import check_no_transform, first_order
 
 # logits of one block, in the loss's dtype: what a core's cache holds
 _BLOCK_KIB = 1024
@@ -45,6 +45,7 @@ def forward(
         for chunk in run.chunks():
             run.logits_of(chunk)
         return RowResults(run.losses.sum() if options.reduce else run.losses, run.losses, run.lse, run.correct)
+    check_no_transform("linear_cross_entropy")
     function = _SummedLoss if options.reduce else _RowLosses
     return RowResults(*function.apply(hidden, weight, bias, targets, counts, options, wanted))
 

@@ -57,8 +57,8 @@ INLINE void largest_products(const std::int32_t* limits, index_t keys, const flo
     }
 }
 
-// products -> weights exp((product - largest) * scale) in the layout of the product with the values, 0 where a key is not seen or
-// dropped; returns each lane's sum before dropout
+// products -> weights exp((product - largest) * scale) in the layout of the product with the values, 0 where a key is not
+// seen or dropped; returns each lane's sum before dropout
 template <class E>
 void exponentials(const Attention& call, const std::int32_t* limits, const std::uint32_t* dropout_rows, index_t head,
                   index_t keys, const float* products, const f32x16 (&largest)[2], word* weights, f32x16 (&sum)[2]) {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from antlm_fast.kernels.attention import attention, attention_varlen
 from antlm_fast.kernels.attention.torch_plan import device_plan, host_plan
@@ -355,3 +356,23 @@ def test_autocast_takes_queries_that_rotary_left_in_float32(impl: str) -> None:
         assert torch.equal(actual.bfloat16(), expected)
     with pytest.raises(TypeError, match="v must have q's dtype torch.float32; got torch.bfloat16"):
         attention(q, k, narrow[2], causal=True, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["native", "torch"])
+def test_a_recorded_graph_of_packed_sequences_takes_other_lengths(impl: str) -> None:
+    """What nobody sees depends on the lengths, and must not become a constant of the graph."""
+    q, _, _ = _inputs(6)
+
+    def call(starts_q: torch.Tensor, starts_k: torch.Tensor) -> torch.Tensor:
+        return attention_varlen(q, q, q, starts_q, starts_k, 6, 6, causal=True, impl=impl)
+
+    def starts(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    try:
+        graph = make_fx(call)(starts(0, 2, 6), starts(0, 3, 6))
+    except RuntimeError as error:
+        assert impl == "torch" and "tracing tensor" in str(error)  # which reads the lengths, and says so
+        return
+    for lengths in ((starts(0, 2, 6), starts(0, 3, 6)), (starts(0, 4, 6), starts(0, 3, 6)), (starts(0, 4, 6),) * 2):
+        torch.testing.assert_close(graph(*lengths), call(*lengths))

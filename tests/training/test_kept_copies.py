@@ -204,12 +204,18 @@ def put_on_numpys_memory(model):
     model.lm_head.weight.data = torch.from_numpy(np.ones((SIZE, 16), dtype=np.float32))
 
 
+def tie_by_data(model):
+    """Two parameters of one memory: each counts what is written through itself alone."""
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: model.lm_head.weight.share_memory_(),
         put_on_numpys_memory,
         exchange_a_layer,
+        tie_by_data,
         lambda model: model.lm_head.weight.register_post_accumulate_grad_hook(lambda _: None),
         lambda model: model.model.norm.register_full_backward_hook(lambda *_: None),
         lambda model: model.register_state_dict_post_hook(lambda *_: None),
@@ -244,3 +250,14 @@ def test_nothing_is_kept_beside_an_optimizer_of_torchs():
     with copies_kept(model, build_optimizer(model, OptimizerConfig(), impl="torch")):
         working_copy(model.lm_head.weight, torch.bfloat16)
         assert destination(model.lm_head.weight) is None
+
+
+def test_nothing_is_kept_for_an_optimizer_of_other_tensors():
+    torch.manual_seed(0)
+    model = BabyLlama(MODEL)
+    weight = model.model.embed_tokens.weight
+    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with copies_kept(model, optimizer):
+        working_copy(weight, torch.bfloat16)
+        assert destination(weight) is None

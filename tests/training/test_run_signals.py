@@ -30,9 +30,13 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 @pytest.fixture(autouse=True)
 def handlers_are_given_back(monkeypatch):
     monkeypatch.setattr(pipeline, "write_report", lambda folder: [])
-    before = [signal.getsignal(number) for number in SIGNALS]
+    # nohup, and a shell's `&`, start a process that ignores some of them, and so would its children
+    usual = [signal.default_int_handler, *[signal.SIG_DFL] * 3]
+    before = [signal.signal(number, handler) for number, handler in zip(SIGNALS, usual, strict=True)]
     yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == usual
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
