@@ -1,8 +1,8 @@
 """Who else computes on this machine, and how torch's threads wait for one another there. Never imports torch.
 
 OpenMP's threads spin at barriers, which is fastest while every thread has a core. Where another process takes a core, a
-spinning thread keeps it from the thread that all wait for, and a step takes many times as long. So threads are told to
-sleep where cores are busy; the runtime reads it once, when torch loads it.
+spinning thread keeps it from the thread that all wait for, and a step takes many times as long. So threads
+sleep where cores are busy; the runtime reads the setting once, when torch loads it.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class Tokenizer:
         Args:
             model_max_length: the model's longest sequence, in tokens; None leaves texts as long as they are.
             causal: for a model that continues texts: theirs adds the template's beginning and no end, as
-                `encode_beginning` does, and has no mask token, so that who fills masks is told to look elsewhere.
+                `encode_beginning` does, and has no mask token, so that a fill-mask pipeline refuses it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

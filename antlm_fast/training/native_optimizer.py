@@ -31,7 +31,7 @@ from antlm_fast.training.checked_optimizer import CheckedOptimizer
 from antlm_fast.training.lamb import Lamb
 
 
-def unserved_reason(parameters: Iterable[Tensor]) -> str | None:
+def unsupported_reason(parameters: Iterable[Tensor]) -> str | None:
     """Why the C++ kernels cannot step these parameters with the gradients they have, or None."""
     for parameter in parameters:
         reason = unavailable_reason(parameter.device.type, torch.float32)
@@ -75,7 +75,7 @@ class _OnePass(CheckedOptimizer):
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         _resolve_negatives(parameters)
-        if unserved_reason(parameters) is not None:
+        if unsupported_reason(parameters) is not None:
             self.check_step()
             clipped = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
             self.step()
@@ -99,7 +99,7 @@ class _OnePass(CheckedOptimizer):
         pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         pairs = [(parameter, group) for parameter, group in pairs if parameter.grad is not None]
         _resolve_negatives(parameter for parameter, _ in pairs)
-        served = unserved_reason(parameter for parameter, _ in pairs) is None
+        served = unsupported_reason(parameter for parameter, _ in pairs) is None
         self.check_step(takes_bfloat16=served)
         if not served:
             self._plain_step()

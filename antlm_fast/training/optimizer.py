@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from antlm_fast.kernels.dispatch import UnsupportedError
 from antlm_fast.training.lamb import Lamb
-from antlm_fast.training.native_optimizer import NativeAdamW, NativeLamb, unserved_reason
+from antlm_fast.training.native_optimizer import NativeAdamW, NativeLamb, unsupported_reason
 from antlm_fast.types import InputError
 
 KINDS = ("adamw", "lamb")
@@ -122,7 +122,7 @@ def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, num_micro_
     if not isinstance(optimizer, NativeAdamW | NativeLamb) or not hasattr(torch.Tensor, "grad_dtype"):
         return  # torch's own optimizers want the parameter's dtype, and before torch 2.10 there was no other
     stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    narrow = num_micro_batches == 1 and precision == "bfloat16" and unserved_reason(stepped) is None
+    narrow = num_micro_batches == 1 and precision == "bfloat16" and unsupported_reason(stepped) is None
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in tables:
@@ -149,7 +149,7 @@ def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: f
 def _takes_native(impl: str, parameters: list[nn.Parameter]) -> bool:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}; got {impl!r}")
-    reason = unserved_reason(parameters)
+    reason = unsupported_reason(parameters)
     if impl == "native" and reason is not None:
         raise UnsupportedError(f"build_optimizer(impl='native'): {reason}")
     return impl != "torch" and reason is None

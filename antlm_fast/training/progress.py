@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 LINE_SECONDS = 20.0  # between two plain training lines
-ESTIMATE_SECONDS = 10.0  # of training before the time that is left is told
+ESTIMATE_SECONDS = 10.0  # of training before the remaining time is estimated
 LONG_HOURS = 48  # from here on it is a warning
 
 

@@ -4,8 +4,7 @@ transforms, modes, subclasses, second derivatives."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,27 +233,21 @@ def test_an_argument_that_is_a_column_of_a_matrix_is_read_where_it_lies(op: str,
         torch.testing.assert_close(actual, expected)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize(
-    "surrounded",
+    "default",
     [
-        pytest.param(lambda: default_dtype(torch.float64), id="float64"),
-        pytest.param(lambda: default_dtype(BF16), id="bfloat16"),
-        pytest.param(lambda: torch.device("meta"), id="meta"),
+        pytest.param(torch.float64, id="float64"),
+        pytest.param(BF16, id="bfloat16"),
+        pytest.param("meta", id="meta"),
     ],
 )
 @every_op
-def test_torchs_default_dtype_and_device_change_nothing(op: str, impl: str, surrounded: Callable[[], Any]) -> None:
+def test_torchs_default_dtype_and_device_change_nothing(
+    op: str, impl: str, default: Any, default_dtype: Callable[..., Any]
+) -> None:
     tensors = inputs_of(op)
     wanted = results_of(op, impl, tensors, waves)
-    with surrounded():
+    with torch.device(default) if default == "meta" else default_dtype(default):
         found = results_of(op, impl, tensors, waves)
     for expected, actual in zip(wanted, found, strict=True):
         assert actual.dtype == expected.dtype

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -12,14 +9,6 @@ from antlm_fast.models import BabyLlama, BabyLlamaConfig
 from antlm_fast.types import Objective, PackedBatch
 
 BF16 = torch.bfloat16
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
 
 
 def batch(tokens: torch.Tensor) -> PackedBatch:
@@ -53,7 +42,7 @@ def make(request, tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, BF16], ids=str)
-def test_a_step_under_another_default_dtype_has_the_same_gradients(make, tokens, dtype):
+def test_a_step_under_another_default_dtype_has_the_same_gradients(make, tokens, dtype, default_dtype):
     model, data = make(), batch(tokens(2, 6))
     wanted = gradients(model, data)
     with default_dtype(dtype):
@@ -64,7 +53,7 @@ def test_a_step_under_another_default_dtype_has_the_same_gradients(make, tokens,
         assert torch.equal(found[name], expected), name
 
 
-def test_a_model_built_under_a_bfloat16_default_trains_as_its_float32_copy_does(make, tokens):
+def test_a_model_built_under_a_bfloat16_default_trains_as_its_float32_copy_does(make, tokens, default_dtype):
     data = batch(tokens(2, 6))
     with default_dtype(BF16):
         model = make()

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from antlm_fast.kernels.native.library import unavailable_reason
 from antlm_fast.training.lamb import Lamb
-from antlm_fast.training.native_optimizer import NativeAdamW, NativeLamb, unserved_reason
+from antlm_fast.training.native_optimizer import NativeAdamW, NativeLamb, unsupported_reason
 from antlm_fast.training.optimizer import OptimizerConfig, begin_step, build_optimizer
 from antlm_fast.types import InputError
 
@@ -37,7 +37,7 @@ def step(optimizer, how):
         optimizer.step()
 
 
-def refused(weight, optimizer, message, how="plain"):
+def assert_refused(weight, optimizer, message, how="plain"):
     """And nothing has moved."""
     before = weight.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
     with pytest.raises(InputError) as raised:
@@ -56,12 +56,12 @@ def test_a_weight_that_grew_does_not_write_past_its_moments(kind, how):
     message = (
         "grad must have its parameter's shape (300, 4); got (3, 4): a weight that was exchanged needs a new backward"
     )
-    refused(weight, optimizer, message, how)
+    assert_refused(weight, optimizer, message, how)
     weight.grad = torch.ones(300, 4)
     message = (
         f"state['exp_avg'] must be torch.float32 (300, 4) on cpu, as its parameter; got {PLACE}: a weight that was"
     )
-    refused(weight, optimizer, message, how)
+    assert_refused(weight, optimizer, message, how)
     optimizer.state.pop(weight)
     step(optimizer, how)
     assert optimizer.state[weight]["exp_avg"].shape == (300, 4)
@@ -99,18 +99,20 @@ def test_a_loaded_state_of_another_shape_is_refused(kind):
     other.grad = torch.randn(6, 4)
     theirs.step()
     optimizer.load_state_dict(theirs.state_dict())
-    refused(weight, optimizer, f"state['exp_avg'] must be {PLACE}, as its parameter; got torch.float32 (6, 4) on cpu: ")
+    assert_refused(
+        weight, optimizer, f"state['exp_avg'] must be {PLACE}, as its parameter; got torch.float32 (6, 4) on cpu: "
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_that_do_not_fit_are_refused(kind):
     weight, optimizer = after_a_step(kind)
     weight.grad = torch.randn(3, 4).to_sparse()
-    refused(weight, optimizer, "grad must be dense; got torch.sparse_coo of a parameter of shape (3, 4)")
+    assert_refused(weight, optimizer, "grad must be dense; got torch.sparse_coo of a parameter of shape (3, 4)")
     weight.grad = torch.randn(3, 4)
     weight.data = weight.data.double()
     message = f"grad must be torch.float64 (3, 4) on cpu, as its parameter; got {PLACE}"
-    refused(weight, optimizer, message)
+    assert_refused(weight, optimizer, message)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
@@ -120,7 +122,7 @@ def test_gradients_of_another_dtype_are_refused(kind):
     weight.grad = None
     weight.grad_dtype = torch.float16
     weight.grad = torch.randn(3, 4).half()
-    refused(weight, optimizer, f"grad must be {PLACE}, as its parameter; got torch.float16 (3, 4) on cpu")
+    assert_refused(weight, optimizer, f"grad must be {PLACE}, as its parameter; got torch.float16 (3, 4) on cpu")
 
 
 @pytest.mark.parametrize("exchanged", ["weight", "moment", "gradient"])
@@ -217,8 +219,8 @@ def test_the_states_of_torchs_optimizers_are_loaded_unless_they_ask_for_more():
 def test_a_tensor_without_memory_of_its_own_is_not_taken_by_its_address():
     with FakeTensorMode():
         fake = nn.Parameter(torch.ones(2))
-    assert unserved_reason([fake]) == "the C++ optimizer steps plain tensors, not FakeTensor"
-    assert unserved_reason([nn.Parameter(torch.ones(2))]) is None
+    assert unsupported_reason([fake]) == "the C++ optimizer steps plain tensors, not FakeTensor"
+    assert unsupported_reason([nn.Parameter(torch.ones(2))]) is None
 
 
 @pytest.mark.parametrize("how", ["plain", "clipped"])
